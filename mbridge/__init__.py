@@ -1,0 +1,43 @@
+# Layers, each importing only those below it (tests/test_layering.py):
+#   bridge > export > checkpoint, gather, megatron/ > plan > families/ > ops, hf_config > topology, pieces > errors
+# Only megatron/ imports megatron, and only when called; only gather.py and megatron/ call torch.distributed.
+"""mbridge: moves weights between Hugging Face checkpoints and sharded Megatron-Core models.
+
+from mbridge import AutoBridge
+
+bridge = AutoBridge.from_pretrained("path/to/checkpoint")
+model = bridge.get_model()
+bridge.load_weights(model, bridge.path)
+"""
+
+from .bridge import AutoBridge, Bridge
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    MBridgeError,
+    ModelError,
+    PeerError,
+    PlanError,
+    TopologyError,
+    UnsupportedConfigError,
+    UnsupportedModelError,
+)
+from .megatron import destroy_parallel, init_parallel
+from .topology import Topology
+
+__all__ = [
+    "AutoBridge",
+    "Bridge",
+    "CheckpointError",
+    "ConfigError",
+    "MBridgeError",
+    "ModelError",
+    "PeerError",
+    "PlanError",
+    "Topology",
+    "TopologyError",
+    "UnsupportedConfigError",
+    "UnsupportedModelError",
+    "destroy_parallel",
+    "init_parallel",
+]

@@ -1,0 +1,310 @@
+"""The public API: `AutoBridge` finds a family, `Bridge` moves weights between HF checkpoints and Megatron-Core models.
+
+Thin: what is stored where is planned in plan.py, files are read and written in checkpoint.py, ranks talk in gather.py.
+Names and defaults are those that RL frameworks already call (mbridge 0.15), so a framework can switch by installing us.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import Checkpoint, fill_padding, holds_weights
+from .errors import CheckpointError, ModelError, listed
+from .export import RankLayout, StageExport, save
+from .families import Family, MegatronConfig, all_families, find_family
+from .gather import BUCKET_BYTES, Bucket
+from .hf_config import as_dict, normalise, read_hf_config
+from .megatron import LocalTensor, build_chunks, ensure_parallel_state, read_groups, read_topology, walk
+from .megatron.build import Spec
+from .pieces import TensorSpec
+from .plan import Table, TrainerPlan, stored_by
+
+Models = nn.Module | Sequence[nn.Module]
+
+_LAYER_OF_NAME = re.compile(r"(?<=\blayers\.)\d+")
+
+
+class AutoBridge:
+    """Builds the `Bridge` of a model's family."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        make_vocab_size_divisible_by: int | None = None,
+        ignore_config_fields: Sequence[str] = (),
+    ) -> Bridge:
+        """The bridge of a checkpoint.
+
+        Args:
+            path: a folder with config.json and safetensors files, or a hub id that is already in the local cache.
+            trust_remote_code: passed to transformers if `hf_config` is asked for; mbridge runs no code of a checkpoint.
+            dtype: of the Megatron-Core parameters.
+            make_vocab_size_divisible_by: embedding rows are padded to a multiple of this times tp (default 1).
+            ignore_config_fields: config fields that you vouch for; any other unknown field is refused.
+
+        Raises ConfigError for a config that Megatron-Core or the family cannot express, naming its fields.
+        """
+        folder = _find_folder(path)
+        return Bridge(
+            read_hf_config(folder),
+            dtype,
+            path=folder,
+            trust_remote_code=trust_remote_code,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            ignore_config_fields=ignore_config_fields,
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        hf_config: object,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        make_vocab_size_divisible_by: int | None = None,
+        ignore_config_fields: Sequence[str] = (),
+    ) -> Bridge:
+        """The bridge of a transformers config object, or of the dict of a config.json. See `from_pretrained`."""
+        return Bridge(
+            as_dict(hf_config),
+            dtype,
+            hf_config=hf_config,
+            make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+            ignore_config_fields=ignore_config_fields,
+        )
+
+    @classmethod
+    def list_supported_models(cls) -> list[str]:
+        """The `model_type`s that have a family."""
+        return sorted(all_families())
+
+
+class Bridge:
+    """A model's HF side and its Megatron-Core side. Make one with `AutoBridge`.
+
+    `models` arguments take one chunk or a list of them, bare or wrapped (DDP, Float16Module), from `get_model` or from
+    elsewhere: any megatron-core GPTModel of the family. Methods that say *collective* are to be called on every rank.
+    """
+
+    def __init__(
+        self,
+        raw_config: Mapping[str, Any],
+        dtype: torch.dtype,
+        *,
+        path: Path | None = None,
+        hf_config: object = None,
+        trust_remote_code: bool = False,
+        make_vocab_size_divisible_by: int | None = None,
+        ignore_config_fields: Sequence[str] = (),
+    ) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.raw_config = dict(raw_config)
+        self.models: list[nn.Module] = []
+        """What `get_model` built last."""
+        self._hf_config = hf_config
+        self._trust_remote_code = trust_remote_code
+        self._vocab_divisor = make_vocab_size_divisible_by or 1
+        self._extra_args: dict[str, Any] = {}
+        self._normal = normalise(self.raw_config)
+        self._family: Family = find_family(self._normal.get("model_type"))
+        self._family.check(self._normal, ignore_config_fields)
+
+    @property
+    def hf_config(self) -> Any:
+        """The transformers config: the one given, else read from `path` by transformers (imported then)."""
+        if self._hf_config is None:
+            from transformers import AutoConfig
+
+            self._hf_config = AutoConfig.from_pretrained(self.path, trust_remote_code=self._trust_remote_code)
+        return self._hf_config
+
+    @property
+    def config(self) -> Any:
+        """Megatron-Core's TransformerConfig of this model under the present parallel state."""
+        from .megatron.build import transformer_config
+
+        return transformer_config(self.megatron_config(), dtype=self.dtype, extra_transformer=self._extra_args)
+
+    def set_extra_args(self, **transformer_config: Any) -> None:
+        """Fields of TransformerConfig that win over those of the family, for models built from now on."""
+        self._extra_args.update(transformer_config)
+
+    def megatron_config(self, tp: int = 1) -> MegatronConfig:
+        """The family's TransformerConfig and GPTModel arguments, the vocabulary padded for `tp` ranks."""
+        config = self._family.megatron(self._normal)
+        multiple = self._vocab_divisor * tp
+        padded = -(-config.gpt["vocab_size"] // multiple) * multiple
+        return MegatronConfig(config.transformer, {**config.gpt, "vocab_size": padded})
+
+    def get_model(
+        self,
+        weight_path: str | Path | None = None,
+        wrap_with_ddp: bool = False,
+        fp16: bool | None = None,
+        bf16: bool | None = None,
+        use_cpu_initialization: bool = False,
+        ddp_config: Mapping[str, Any] | object | None = None,
+        post_model_creation_callbacks: Sequence[Callable[..., object]] = (),
+        extra_provider_args: Mapping[str, Any] | None = None,
+        data_parallel_random_init: bool = True,
+        *,
+        spec: Spec = "auto",
+    ) -> list[nn.Module]:
+        """Megatron-Core chunks of this rank, one per virtual pipeline stage. Collective.
+
+        Uses the parallel state that exists; in a plain Python process it starts a world of one rank and logs that.
+
+        Args:
+            weight_path: load these weights too; without it the weights are random.
+            fp16, bf16: wrap in Float16Module; follow the bridge's `dtype` when not given.
+            spec: "te" (TransformerEngine layers), "local" (Megatron-Core's own), or "auto".
+            extra_provider_args: arguments of GPTModel that win over those of the family.
+        """
+        ensure_parallel_state()
+        topology, _ = read_topology()
+        self.models = build_chunks(
+            self.megatron_config(topology.tp),
+            dtype=self.dtype,
+            spec=spec,
+            wrap_with_ddp=wrap_with_ddp,
+            fp16=self.dtype is torch.float16 if fp16 is None else fp16,
+            bf16=self.dtype is torch.bfloat16 if bf16 is None else bf16,
+            use_cpu_initialization=use_cpu_initialization,
+            initialize=weight_path is None,
+            ddp_config=ddp_config,
+            data_parallel_random_init=data_parallel_random_init,
+            post_model_creation_callbacks=post_model_creation_callbacks,
+            extra_transformer=self._extra_args,
+            extra_gpt=extra_provider_args or {},
+            hf_config=self._hf_config if self._hf_config is not None else self.raw_config,
+        )
+        if weight_path is not None:
+            self.load_weights(self.models, weight_path)
+        return self.models
+
+    def load_weights(self, models: Models, weights_path: str | Path, memory_efficient: bool = False) -> int:
+        """Load a checkpoint into the chunks. Returns the bytes this rank read. No collectives.
+
+        Each rank reads only what it stores, slice by slice, so memory is one slice a thread whether `memory_efficient`
+        is set or not. Every header is checked before the first element is written: on CheckpointError (which lists each
+        missing, extra, mis-shaped or non-float tensor) or ModelError the model is as it was.
+        """
+        layout = self._layout(models)
+        checkpoint = Checkpoint.open(_find_folder(weights_path))
+        checkpoint.check(layout.table.tensors(), self._family.redundant(self._normal))
+        tensors = self.local_tensors(models)
+        num_bytes = checkpoint.read_into(tensors, layout.stored.pieces)
+        fill_padding(tensors, layout.stored.padding)
+        return num_bytes
+
+    def export_weights(self, models: Models) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every HF tensor on every rank, stage by stage, as (HF name, tensor). Collective.
+
+        The tensors are copies that stay valid. `export_buckets` is faster: it does not cross stages.
+        """
+        for bucket in self._export(models).to_every_rank():
+            yield from bucket.tensors
+
+    def export_buckets(
+        self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, reuse: bool = True
+    ) -> Iterator[Bucket]:
+        """This stage's HF tensors in layer order, in buckets, on the stage's sender (its first tp rank). Collective.
+
+        The other ranks of the stage get no bucket, but have to run the iterator to its end. With `reuse`, a bucket is
+        valid until the second next one is asked for: two buckets are all the memory that it takes.
+        """
+        return self._export(models, bucket_bytes=bucket_bytes).to_sender(reuse=reuse)
+
+    def save_weights(
+        self,
+        models: Models,
+        weights_path: str | Path,
+        memory_efficient: bool = False,
+        distributed_filesystem: bool = False,
+        strict: bool = True,
+    ) -> None:
+        """Write a HF checkpoint: safetensors shards, index, config and tokenizer files. Collective.
+
+        Names, shapes, dtypes and, with one writer, the division into files are those of the checkpoint that the bridge
+        was made from. Until all is written nothing of what `weights_path` held is touched (checkpoint.commit).
+
+        Args:
+            memory_efficient: accepted for compatibility: a writer never holds more than its incomplete shards.
+            distributed_filesystem: every pipeline stage writes its own shards; all ranks must see `weights_path`.
+            strict: False leaves tensors out that no rank has, instead of raising PlanError.
+
+        Raises CheckpointError on the rank that cannot write, for example because its disk is full, and PeerError on all
+        others.
+        """
+        original = Checkpoint.open(self.path) if self.path is not None and holds_weights(self.path) else None
+        save(
+            self._export(models, strict=strict),
+            Path(weights_path),
+            by_stage=distributed_filesystem,
+            original=original,
+            config=self.raw_config,
+            source=self.path,
+        )
+
+    def plan(self, models: Models) -> TrainerPlan:
+        """What this rank stores and sends, for mbridge_rl. No collectives."""
+        layout = self._layout(models)
+        return TrainerPlan.of(layout.table, layout.topology, layout.at, layout.stored)
+
+    def local_tensors(self, models: Models) -> dict[str, torch.Tensor]:
+        """This rank's live parameters and buffers by the local names that pieces use, looked up afresh at each call."""
+        return {_global_name(local): local.tensor.data for local in walk(models)}
+
+    def _layout(self, models: Models) -> RankLayout:
+        tensors = self.local_tensors(models)
+        scattered = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
+        if scattered:
+            raise ModelError(f"parameters must be contiguous in memory; these are not:\n{listed(scattered)}")
+        specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+        topology, at = read_topology()
+        table = Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
+        return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
+
+    def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
+        groups = read_groups()
+        return StageExport(
+            self._layout(models),
+            self.local_tensors(models),
+            groups,
+            bucket_bytes=bucket_bytes,
+            strict=strict,
+        )
+
+
+def _global_name(local: LocalTensor) -> str:
+    """The local name with the layer's number in the whole model: unique over chunks, and what the tables speak of."""
+    if local.global_layer is None:
+        return local.name
+    return _LAYER_OF_NAME.sub(str(local.global_layer), local.name, count=1)
+
+
+def _find_folder(path: str | Path) -> Path:
+    """A folder as it is; a hub id as its snapshot in the local cache. Nothing is downloaded."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{path} is neither a folder nor a hub id in the local cache. mbridge downloads nothing; "
+            f"run `hf download {path}` first, or give a folder"
+        ) from error

@@ -1,0 +1,343 @@
+"""safetensors checkpoints: reads slices straight into local tensors, writes shards that appear all at once.
+
+Knows files, names, shapes and pieces; knows no model, no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import CheckpointError, listed
+from .pieces import Piece, Region, TensorSpec
+
+logger = logging.getLogger("mbridge")
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 1024**3
+NUM_THREADS = 4
+
+# Header names of the dtypes that a weight may have on disk; it is cast to the parameter's dtype while it is read.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PASSENGERS = (
+    "config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.tiktoken", "*.model", "*.py",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An open checkpoint: which tensors lie in which file of `folder`, with their shapes and dtypes."""
+
+    folder: Path
+    files: Mapping[str, str]  # HF name -> file name
+    specs: Mapping[str, TensorSpec]
+    odd_dtypes: Mapping[str, str]  # HF name -> what the header says, where it is no float
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read the index and every header. Raises CheckpointError for files that are absent, damaged or contradictory."""
+        folder = Path(folder)
+        claimed = _claimed_files(folder)
+        files: dict[str, str] = {}
+        specs: dict[str, TensorSpec] = {}
+        odd: dict[str, str] = {}
+        for file in sorted(set(claimed.values())) if claimed else [SINGLE]:
+            with _open(folder / file) as handle:
+                for name in handle.keys():  # noqa: SIM118 - not a dict
+                    if claimed and claimed.get(name) != file:
+                        continue  # the index says that another file, or none, counts
+                    view = handle.get_slice(name)
+                    dtype = view.get_dtype()
+                    if dtype not in _DTYPES:
+                        odd[name] = dtype
+                    specs[name] = TensorSpec(name, tuple(view.get_shape()), _DTYPES.get(dtype, torch.uint8))
+                    files[name] = file
+        absent = sorted(set(claimed) - set(files))
+        if absent:
+            raise CheckpointError(
+                f"{folder / INDEX} names tensors that their files do not hold:\n"
+                + listed(f"{name} in {claimed[name]}" for name in absent)
+            )
+        return cls(folder, files, specs, odd)
+
+    def check(self, expected: Sequence[TensorSpec], redundant: Sequence[str] = ()) -> None:
+        """Raise CheckpointError listing each missing, extra, mis-shaped or non-float tensor.
+
+        `redundant` are names (with `{layer}`) that may be there and are left unread, which is logged.
+        """
+        wanted = {spec.name: spec for spec in expected}
+        patterns = [re.compile(re.escape(name).replace(r"\{layer\}", r"\d+")) for name in redundant]
+        extra = [name for name in self.specs if name not in wanted]
+        unread = [name for name in extra if any(pattern.fullmatch(name) for pattern in patterns)]
+        if unread:
+            logger.info("%s: %d redundant tensors are not read: %s ...", self.folder, len(unread), unread[0])
+        problems = [f"missing: {spec.name} {list(spec.shape)}" for spec in expected if spec.name not in self.specs]
+        problems += [f"extra: {name} {list(self.specs[name].shape)}" for name in sorted(set(extra) - set(unread))]
+        for name, spec in wanted.items():
+            found = self.specs.get(name)
+            if found is not None and found.shape != spec.shape:
+                problems.append(f"shape: {name} is {list(found.shape)}, expected {list(spec.shape)}")
+            if name in self.odd_dtypes:
+                problems.append(f"dtype: {name} is {self.odd_dtypes[name]}, expected one of {', '.join(_DTYPES)}")
+        if problems:
+            raise CheckpointError(f"{self.folder} does not hold the tensors of this model:\n{listed(problems)}")
+
+    def read_into(self, tensors: Mapping[str, torch.Tensor], pieces: Sequence[Piece]) -> int:
+        """Copy each piece's box from disk into its region of `tensors[piece.local_name]`. Returns bytes read.
+
+        Only the boxes are read; files are shared out over threads. Casts to the destination's dtype.
+        """
+        by_file: dict[str, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            by_file[self.files[piece.hf_name]].append(piece)
+        with ThreadPoolExecutor(min(NUM_THREADS, max(1, len(by_file))), "mbridge-load") as pool:
+            reads = [pool.submit(self._read_file, file, batch, tensors) for file, batch in by_file.items()]
+            return sum(read.result() for read in reads)
+
+    def _read_file(self, file: str, pieces: Sequence[Piece], tensors: Mapping[str, torch.Tensor]) -> int:
+        num_bytes = 0
+        with _open(self.folder / file) as handle, torch.no_grad():
+            for piece in pieces:
+                view = handle.get_slice(piece.hf_name)
+                values = view[piece.box.slices] if piece.box.start else handle.get_tensor(piece.hf_name)
+                piece.region.of(tensors[piece.local_name]).copy_(values)
+                num_bytes += values.nbytes
+        return num_bytes
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a safetensors checkpoint lies there, rather than a config alone."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def fill_padding(tensors: Mapping[str, torch.Tensor], padding: Iterable[tuple[str, Region]]) -> None:
+    """Zero the regions that no HF tensor fills, so that loading twice gives the same bits."""
+    with torch.no_grad():
+        for name, region in padding:
+            region.of(tensors[name]).zero_()
+
+
+def _claimed_files(folder: Path) -> dict[str, str]:
+    """The index's HF name -> file name; empty for a single-file checkpoint, which wins as it does in transformers."""
+    if (folder / SINGLE).is_file():
+        return {}
+    path = folder / INDEX
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: expected a safetensors checkpoint")
+    try:
+        claimed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no safetensors index: {error!r}") from error
+    absent = sorted(file for file in set(claimed.values()) if not (folder / file).is_file())
+    if absent:
+        raise CheckpointError(f"{path} names files that are not there: {', '.join(absent)}. Is a download incomplete?")
+    return dict(claimed)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Is it truncated, or still being written?") from error
+
+
+@dataclass(slots=True)
+class Shard:
+    """One file to be written and the tensors that belong in it, in order."""
+
+    file: str
+    specs: list[TensorSpec] = field(default_factory=list)
+
+
+def plan_shards(
+    groups: Sequence[Sequence[TensorSpec]], files: Mapping[str, str] | None = None, max_bytes: int = MAX_SHARD_BYTES
+) -> list[list[Shard]]:
+    """Divide the tensors of each writer (a group) into files. Pure, so that every rank gets the same answer.
+
+    A single writer keeps the division `files` (HF name -> file) of the original checkpoint if that names every tensor.
+    """
+    if files is not None and len(groups) == 1 and all(spec.name in files for spec in groups[0]):
+        shards: dict[str, Shard] = {}
+        for spec in groups[0]:
+            shards.setdefault(files[spec.name], Shard(files[spec.name])).specs.append(spec)
+        return [list(shards.values())]
+    divided = [list(_split(group, max_bytes)) for group in groups]
+    total = sum(map(len, divided))
+    numbers = iter(range(1, total + 1))
+    name = (lambda: SINGLE) if total == 1 else lambda: f"model-{next(numbers):05d}-of-{total:05d}.safetensors"
+    return [[Shard(name(), specs) for specs in parts] for parts in divided]
+
+
+def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorSpec]]:
+    part: list[TensorSpec] = []
+    size = 0
+    for spec in specs:
+        if part and size + spec.num_bytes > max_bytes:
+            yield part
+            part, size = [], 0
+        part.append(spec)
+        size += spec.num_bytes
+    if part:
+        yield part
+
+
+class ShardWriter:
+    """Writes shards under temporary names. Nothing that a reader sees changes before `commit`.
+
+    Tensors may come in any order; a shard is written, and its tensors let go, when it is complete.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], save_id: str) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o770, parents=True, exist_ok=True)
+        self._shard_of = {spec.name: shard for shard in shards for spec in shard.specs}
+        self._spec = {spec.name: spec for shard in shards for spec in shard.specs}
+        self._held: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        self._left = {shard.file: len(shard.specs) for shard in shards}
+        self._save_id = save_id
+
+    def add_all(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            self.add(name, tensor)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor (copied to the CPU, cast to its planned dtype); write its shard if this was the last."""
+        spec, shard = self._spec[name], self._shard_of[name]
+        if tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(f"{name!r} has shape {list(tensor.shape)}, expected {list(spec.shape)}")
+        held = self._held[shard.file]
+        held[name] = tensor.detach().to(device="cpu", dtype=spec.dtype, copy=True).contiguous()
+        if len(held) < self._left[shard.file]:
+            return
+        path = partial_path(self.folder, shard.file, self._save_id)
+        try:
+            save_file({s.name: held[s.name] for s in shard.specs}, path, metadata={"format": "pt"})
+            _settle(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} cannot be written: {error}. What {self.folder} held before is unchanged; is the disk full?"
+            ) from error
+        del self._held[shard.file], self._left[shard.file]
+
+    def finish(self) -> None:
+        """Raise CheckpointError if a planned tensor never came."""
+        absent = [name for name, shard in self._shard_of.items() if shard.file in self._left]
+        absent = [name for name in absent if name not in self._held.get(self._shard_of[name].file, {})]
+        if absent:
+            raise CheckpointError(f"tensors were planned and never came:\n{listed(absent)}")
+
+
+def new_save_id() -> str:
+    return secrets.token_hex(4)
+
+
+def partial_path(folder: Path, file: str, save_id: str) -> Path:
+    """Where a file lies until the commit; begins with a dot and has its own suffix, so that no reader takes it."""
+    return folder / f".{file}.{save_id}.partial"
+
+
+def discard(folder: Path, save_id: str) -> None:
+    """Remove what an abandoned save left."""
+    for path in folder.glob(f".*.{save_id}.partial"):
+        path.unlink(missing_ok=True)
+
+
+def commit(
+    folder: Path, shards: Sequence[Shard], save_id: str, *, config: Mapping[str, Any], source: Path | None
+) -> None:
+    """Put the written shards in the place of what `folder` held. Called once, after every writer has finished.
+
+    Readers look first for model.safetensors, then for the index (as transformers and vLLM do). So one rename is the
+    moment of change: of that file, or of the index, whose shards by then lie there under names that the old one does
+    not use. A crash before it leaves the old checkpoint, one after it leaves the new one and some unused files.
+    """
+    old = {path.name for path in folder.glob("*.safetensors")}
+    try:
+        _stage_passengers(folder, config, source, save_id)
+        if len(shards) == 1 and shards[0].file == SINGLE:
+            _move_passengers(folder, save_id)
+            os.replace(partial_path(folder, SINGLE, save_id), folder / SINGLE)
+            stale = [INDEX, *sorted(old - {SINGLE})]
+        else:
+            final = {s.file: s.file if s.file not in old else _tagged(s.file, save_id) for s in shards}
+            for shard in shards:
+                os.replace(partial_path(folder, shard.file, save_id), folder / final[shard.file])
+            _write_index(partial_path(folder, INDEX, save_id), shards, final)
+            _move_passengers(folder, save_id)
+            os.replace(partial_path(folder, INDEX, save_id), folder / INDEX)
+            stale = [SINGLE, *sorted(old - set(final.values()) - {SINGLE})]
+        _sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the new checkpoint cannot be put in place: {error}") from error
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _tagged(file: str, save_id: str) -> str:
+    stem = file.removesuffix(".safetensors")
+    return f"{stem.split('.')[0]}.{save_id}.safetensors"
+
+
+def _write_index(path: Path, shards: Sequence[Shard], final: Mapping[str, str]) -> None:
+    weight_map = {spec.name: final[shard.file] for shard in shards for spec in shard.specs}
+    total = sum(spec.num_bytes for shard in shards for spec in shard.specs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _settle(path)
+
+
+def _stage_passengers(folder: Path, config: Mapping[str, Any], source: Path | None, save_id: str) -> None:
+    """Config, tokenizer and code files of the original, as partial files."""
+    if source is not None and source.resolve() == folder.resolve():
+        return
+    if source is not None:
+        for pattern in _PASSENGERS:
+            for path in source.glob(pattern):
+                partial = partial_path(folder, path.name, save_id)
+                shutil.copyfile(path, partial)
+                _settle(partial)
+    partial = partial_path(folder, "config.json", save_id)
+    if not partial.exists():
+        partial.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+        _settle(partial)
+
+
+def _move_passengers(folder: Path, save_id: str) -> None:
+    for path in folder.glob(f".*.{save_id}.partial"):
+        name = path.name.removeprefix(".").removesuffix(f".{save_id}.partial")
+        if name != INDEX and not name.endswith(".safetensors"):
+            os.replace(path, folder / name)
+
+
+def _settle(path: Path) -> None:
+    """Flush to disk, and close to other users: weights may be private."""
+    with open(path, "rb") as file:
+        os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o770)
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Families: one file each, a table of weights and a mapping of the config.
+
+A family is a module of this package (its name does not begin with "_") or of a package that an entry point of the group
+`mbridge.families` names. It has one object, `FAMILY`. Families are found by their files: a new family is a new file.
+Nothing here imports megatron or transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..errors import UnsupportedModelError
+from ..hf_config import HFConfig
+from ..ops import Op
+from ..pieces import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronConfig:
+    """What a family's HF config means in Megatron-Core's words."""
+
+    transformer: Mapping[str, Any]  # keyword arguments of TransformerConfig
+    gpt: Mapping[str, Any]  # keyword arguments of GPTModel
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One parameter of Megatron-Core and the HF tensors that it is made of.
+
+    `mcore` lists the names it goes by (TransformerEngine's and the local spec's); `{layer}` stands for a layer number,
+    global from 0. `hf` and `shapes` give the HF tensors in the order that the op lays them out. A `copy` holds values
+    that another parameter answers for (a tied output layer on its own stage): it is loaded, and never sent.
+    """
+
+    mcore: tuple[str, ...]
+    hf: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    op: Op
+    copy: bool = False
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.mcore[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """All that mbridge knows of a model family. `config` arguments are normalised HF configs (hf_config.normalise)."""
+
+    model_types: tuple[str, ...]
+    rows: Callable[[HFConfig], Sequence[Row]]
+    """The table, in layer order: rows before the layers, those of a layer, those after."""
+    megatron: Callable[[HFConfig], MegatronConfig]
+    check: Callable[[HFConfig, Sequence[str]], None]
+    """Raises ConfigError for a config that cannot be expressed; the second argument lists fields to pass over."""
+    redundant: Callable[[HFConfig], Sequence[str]] = lambda config: ()
+    """HF names (`{layer}` allowed) that some checkpoints carry and no parameter needs."""
+
+
+def find_family(model_type: str | None) -> Family:
+    """The family of a `model_type`. Raises UnsupportedModelError, which lists the known ones."""
+    family = all_families().get(model_type or "")
+    if family is None:
+        raise UnsupportedModelError(
+            f"no family for model_type {model_type!r}; known are {', '.join(sorted(all_families()))}. "
+            "A family is one file: see mbridge/families/qwen2.py"
+        )
+    return family
+
+
+@cache
+def all_families() -> dict[str, Family]:
+    """Every family by each of its model types; one of an entry point wins over a built-in one."""
+    return {kind: family for family in _discover() for kind in family.model_types}
+
+
+def _discover() -> Iterator[Family]:
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            yield importlib.import_module(f"{__name__}.{module.name}").FAMILY
+    for entry in entry_points(group="mbridge.families"):
+        yield entry.load()
