@@ -256,6 +256,10 @@ class Bridge:
             source=self.path,
         )
 
+    def hf_tensors(self) -> list[TensorSpec]:
+        """Names, shapes and dtypes of the HF tensors that the config describes, in layer order. Needs no model."""
+        return self._table().tensors()
+
     def plan(self, models: Models) -> TrainerPlan:
         """What this rank stores and sends, for mbridge_rl. No collectives."""
         layout = self._layout(models)
@@ -272,8 +276,11 @@ class Bridge:
             raise ModelError(f"parameters must be contiguous in memory; these are not:\n{listed(scattered)}")
         specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
         topology, at = read_topology()
-        table = Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
+        table = self._table()
         return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
+
+    def _table(self) -> Table:
+        return Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
 
     def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
         groups = read_groups()

@@ -35,6 +35,8 @@ NUM_THREADS = 4
 
 # Header names of the dtypes that a weight may have on disk; it is cast to the parameter's dtype while it is read.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TAG = re.compile(r"\.[0-9a-f]{8}$")  # of a shard whose plain name was taken when it was saved
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?(\.[0-9a-f]{8})?\.safetensors")
 _PASSENGERS = (
     "config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*.tiktoken", "*.model", "*.py",
@@ -61,8 +63,8 @@ class Checkpoint:
         for file in sorted(set(claimed.values())) if claimed else [SINGLE]:
             with _open(folder / file) as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
-                    if claimed and claimed.get(name) != file:
-                        continue  # the index says that another file, or none, counts
+                    if claimed.get(name, file) != file:
+                        continue  # the index says that another file counts
                     view = handle.get_slice(name)
                     dtype = view.get_dtype()
                     if dtype not in _DTYPES:
@@ -143,12 +145,17 @@ def _claimed_files(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: expected a safetensors checkpoint")
     try:
         claimed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no safetensors index: {error!r}") from error
+    if not isinstance(claimed, dict) or not claimed or not all(isinstance(file, str) for file in claimed.values()):
+        raise CheckpointError(f"{path} is no safetensors index: weight_map should give a file name for each tensor")
+    foreign = sorted(file for file in set(claimed.values()) if Path(file).name != file)
+    if foreign:
+        raise CheckpointError(f"{path} names files outside its folder: {', '.join(foreign)}")
     absent = sorted(file for file in set(claimed.values()) if not (folder / file).is_file())
     if absent:
         raise CheckpointError(f"{path} names files that are not there: {', '.join(absent)}. Is a download incomplete?")
-    return dict(claimed)
+    return claimed
 
 
 @contextlib.contextmanager
@@ -208,7 +215,10 @@ class ShardWriter:
 
     def __init__(self, folder: Path, shards: Sequence[Shard], save_id: str) -> None:
         self.folder = folder
-        folder.mkdir(mode=0o770, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o770, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be made: {error}") from error
         self._shard_of = {spec.name: shard for shard in shards for spec in shard.specs}
         self._spec = {spec.name: spec for shard in shards for spec in shard.specs}
         self._held: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -266,43 +276,66 @@ def commit(
 ) -> None:
     """Put the written shards in the place of what `folder` held. Called once, after every writer has finished.
 
-    Readers look first for model.safetensors, then for the index (as transformers and vLLM do). So one rename is the
-    moment of change: of that file, or of the index, whose shards by then lie there under names that the old one does
-    not use. A crash before it leaves the old checkpoint, one after it leaves the new one and some unused files.
+    Some readers take model.safetensors before the index (transformers), others every file that the index, if there is
+    one, names (vLLM). So new shards get names that the old checkpoint does not use, and while files of both lie there,
+    an index says which count. For each kind of reader one rename or removal is the moment of change: a crash before it
+    leaves the old checkpoint, one after it leaves the new one and some unused files.
     """
-    old = {path.name for path in folder.glob("*.safetensors")}
     try:
         _stage_passengers(folder, config, source, save_id)
+        old = _weight_files(folder)
         if len(shards) == 1 and shards[0].file == SINGLE:
+            final = {SINGLE: SINGLE}
             _move_passengers(folder, save_id)
             os.replace(partial_path(folder, SINGLE, save_id), folder / SINGLE)
-            stale = [INDEX, *sorted(old - {SINGLE})]
+            if (folder / INDEX).exists():
+                _put_index(folder, save_id, shards, final)
         else:
             final = {s.file: s.file if s.file not in old else _tagged(s.file, save_id) for s in shards}
+            if SINGLE in old and not (folder / INDEX).exists():
+                _put_index(folder, save_id, [_shard_on_disk(folder, SINGLE)], {SINGLE: SINGLE})
             for shard in shards:
                 os.replace(partial_path(folder, shard.file, save_id), folder / final[shard.file])
-            _write_index(partial_path(folder, INDEX, save_id), shards, final)
             _move_passengers(folder, save_id)
-            os.replace(partial_path(folder, INDEX, save_id), folder / INDEX)
-            stale = [SINGLE, *sorted(old - set(final.values()) - {SINGLE})]
+            _put_index(folder, save_id, shards, final)
+        _sync_folder(folder)
+        for name in sorted(old - set(final.values()), key=lambda name: name != SINGLE):
+            (folder / name).unlink(missing_ok=True)
+        if SINGLE in final:
+            (folder / INDEX).unlink(missing_ok=True)
         _sync_folder(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: the new checkpoint cannot be put in place: {error}") from error
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+
+
+def _weight_files(folder: Path) -> set[str]:
+    """The files of the checkpoint that lies there, and those that an interrupted commit left; nobody else's."""
+    found = {path.name for path in folder.glob("*.safetensors") if _OURS.fullmatch(path.name)}
+    try:
+        return found | set(_claimed_files(folder).values())
+    except CheckpointError:  # none, or a damaged one
+        return found
 
 
 def _tagged(file: str, save_id: str) -> str:
     stem = file.removesuffix(".safetensors")
-    return f"{stem.split('.')[0]}.{save_id}.safetensors"
+    return f"{_TAG.sub('', stem)}.{save_id}.safetensors"
 
 
-def _write_index(path: Path, shards: Sequence[Shard], final: Mapping[str, str]) -> None:
+def _shard_on_disk(folder: Path, file: str) -> Shard:
+    checkpoint = Checkpoint.open(folder)
+    return Shard(file, [spec for name, spec in checkpoint.specs.items() if checkpoint.files[name] == file])
+
+
+def _put_index(folder: Path, save_id: str, shards: Sequence[Shard], final: Mapping[str, str]) -> None:
+    """Make an index that names `shards`, under their `final` names, the folder's."""
+    path = partial_path(folder, INDEX, save_id)
     weight_map = {spec.name: final[shard.file] for shard in shards for spec in shard.specs}
     total = sum(spec.num_bytes for shard in shards for spec in shard.specs)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _settle(path)
+    os.replace(path, folder / INDEX)
 
 
 def _stage_passengers(folder: Path, config: Mapping[str, Any], source: Path | None, save_id: str) -> None:
@@ -311,7 +344,7 @@ def _stage_passengers(folder: Path, config: Mapping[str, Any], source: Path | No
         return
     if source is not None:
         for pattern in _PASSENGERS:
-            for path in source.glob(pattern):
+            for path in filter(Path.is_file, source.glob(pattern)):
                 partial = partial_path(folder, path.name, save_id)
                 shutil.copyfile(path, partial)
                 _settle(partial)

@@ -23,6 +23,9 @@ from .plan import check_owned, first_difference
 ALIGNMENT = 256  # bytes; what cudaMalloc aligns to, so a tensor in a bucket is as aligned as one of its own
 BUCKET_BYTES = 256 * 1024**2
 
+# torch 2.13 renamed it and warns at each call of the old name; torch 2.11 has only that one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Placed(NamedTuple):
     """An HF tensor and where it begins in a bucket, in bytes."""
@@ -178,7 +181,7 @@ class _Gathering:
         if self._to_all:
             assert self._received is not None
             received = self._received[k % 2][: plan.packed_bytes * self._size]
-            self._work[k % 2] = dist.all_gather_into_tensor(received, send, group=self._group, async_op=True)
+            self._work[k % 2] = _all_gather(received, send, group=self._group, async_op=True)
         else:
             parts = self._parts(k, plan) if self._receives else None
             self._work[k % 2] = dist.gather(send, parts, group=self._group, group_dst=0, async_op=True)

@@ -43,11 +43,17 @@ class Table:
                 self._by_form[_form(name.replace("{layer}", "0"))].append((re.compile(pattern), row))
 
     def match(self, mcore_name: str) -> tuple[Row, int | None] | None:
-        """The row of a Megatron-Core name (layer numbers global, from 0) and its layer; None if no row has it."""
+        """The row of a Megatron-Core name (layer numbers global, from 0) and its layer; None if no row has it.
+
+        A layer beyond `num_layers` has no row.
+        """
         for pattern, row in self._by_form.get(_form(mcore_name), ()):
             found = pattern.fullmatch(mcore_name)
-            if found is not None:
-                return row, int(found["layer"]) if row.per_layer else None
+            if found is None:
+                continue
+            layer = int(found["layer"]) if row.per_layer else None
+            if layer is None or layer < self.num_layers:
+                return row, layer
         return None
 
     def groups(self) -> Iterator[tuple[TensorSpec, ...]]:

@@ -19,10 +19,9 @@ def _megatron(config: HFConfig) -> MegatronConfig:
 
 
 def _check(config: HFConfig, ignored: Sequence[str]) -> None:
-    # Both are read by transformers only when use_sliding_window is true, which is refused.
-    check_dense(
-        config, ignored, mapped=("sliding_window", "max_window_layers"), fixed={"use_sliding_window": (False,)}
-    )
+    # The two windows are read by transformers only when use_sliding_window is true, which is refused.
+    fixed = {"use_sliding_window": (False,), "use_mrope": (False,)}
+    check_dense(config, ignored, mapped=("sliding_window", "max_window_layers"), fixed=fixed)
 
 
 FAMILY = Family(("qwen2",), _rows, _megatron, _check, redundant=tied_output)

@@ -4,6 +4,7 @@
     rng.py       the random streams of Megatron-Core on CPU
     parallel.py  starting, ending and reading the parallel state
     build.py     GPTModel chunks from a MegatronConfig
+    mla.py       what the local layers lack for multi-latent attention
     walk.py      the parameters and buffers of chunks, with global layer numbers
 
 Importing this package does not import megatron; calling its functions does (about 3 s the first time).

@@ -69,13 +69,13 @@ def build_chunks(
         dtype: of the parameters.
         spec: "te" TransformerEngine's layers, "local" Megatron-Core's own, "auto" the first where it can run.
         fp16, bf16: wrap each chunk in Float16Module, which casts inputs down and outputs up; must agree with `dtype`.
-        use_cpu_initialization: draw each whole weight on the CPU and keep this rank's shard: slow, and the same for every
-            tensor-parallel size. Otherwise each rank draws its own shard.
+        use_cpu_initialization: draw each whole weight on the CPU and keep this rank's shard: slow, and the same for
+            every tensor-parallel size. Otherwise each rank draws its own shard.
         initialize: False leaves weights as they are allocated, for a model that is about to be loaded: fast.
         ddp_config: fields of Megatron-Core's DistributedDataParallelConfig, or one, laid over
             `grad_reduce_in_fp32=True, use_distributed_optimizer=True`.
         data_parallel_random_init: broadcast parameters from the first data-parallel rank after wrapping with DDP.
-        post_model_creation_callbacks: called on each bare chunk, on its device's eve, as
+        post_model_creation_callbacks: called on each bare chunk, before it is moved to its device and wrapped, as
             `callback(model, pre_process=, post_process=, config=, hf_config=)`; they change the model in place.
         extra_transformer, extra_gpt: win over the family's arguments of TransformerConfig and GPTModel.
         hf_config: handed to the callbacks, not read.
@@ -150,8 +150,8 @@ def check_divisible(transformer: Mapping[str, Any], gpt: Mapping[str, Any], topo
     num_stages = topology.pp * topology.vpp
     if not any(transformer.get(key) for key in UNEVEN_PIPELINE_KEYS) and transformer["num_layers"] % num_stages:
         problems.append(
-            f"pp={topology.pp} * vpp={topology.vpp} must divide num_layers={transformer['num_layers']}, or the split be "
-            f"given by one of {', '.join(UNEVEN_PIPELINE_KEYS)}"
+            f"pp={topology.pp} * vpp={topology.vpp} must divide num_layers={transformer['num_layers']}, or the "
+            f"split be given by one of {', '.join(UNEVEN_PIPELINE_KEYS)}"
         )
     if problems:
         raise TopologyError(f"the model cannot be split as {topology}:\n{listed(problems)}")
@@ -209,8 +209,8 @@ def _transformer_arguments(
     if not initialize:
         # Not `perform_initialization=False`: local layers would then lack the tensor-parallel attributes that
         # Megatron-Core's optimizer needs to count gradients once.
-        arguments |= {name: _leave_as_allocated for name in ("init_method", "output_layer_init_method")}
-        arguments |= {"embedding_init_method": _leave_as_allocated}
+        methods = ("init_method", "output_layer_init_method", "embedding_init_method")
+        arguments |= dict.fromkeys(methods, _leave_as_allocated)
     arguments |= extra
     if not torch.cuda.is_available():
         has_experts = bool(arguments.get("num_moe_experts"))
@@ -246,7 +246,8 @@ def _transformer_config(arguments: dict[str, Any]) -> Any:
     config_class = MLATransformerConfig if arguments.get("multi_latent_attention") else TransformerConfig
     known = {field.name for field in dataclasses.fields(config_class)}
     # GPTModel reads the settings of yarn without MLA from attributes that are not fields of the dataclass.
-    attributes = {name: arguments.pop(name) for name in list(arguments) if name.startswith("yarn_") and name not in known}
+    loose = [name for name in arguments if name.startswith("yarn_") and name not in known]
+    attributes = {name: arguments.pop(name) for name in loose}
     unknown = sorted(arguments.keys() - known)
     if unknown:
         raise TypeError(f"{config_class.__name__} has no field {', '.join(unknown)}")
@@ -273,6 +274,10 @@ def _build_chunk(
         block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=use_te, normalization=config.normalization, vp_stage=vp_stage
         )
+        if config.multi_latent_attention and not use_te:
+            from .mla import use_local_mla_attention
+
+            use_local_mla_attention(block)
         mtp = None
         if config.mtp_num_layers:
             mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=use_te, vp_stage=vp_stage)

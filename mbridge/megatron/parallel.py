@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # torch re-exports it by a star import
 
 from ..errors import TopologyError
 from ..topology import Coordinates, Topology
@@ -39,7 +40,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class ParallelGroups:
-    """This rank's groups. `stage` is all ranks of its pipeline stage (tp x cp x dp); `edp` the replicas of its experts."""
+    """This rank's groups. `stage` is all ranks of its pipeline stage (tp x cp x dp), `edp` replicas of its experts."""
 
     rank: int  # in the world
     world_size: int
@@ -68,8 +69,8 @@ def init_parallel(
     """Start torch.distributed, Megatron-Core's parallel state and its random streams; on CPU also the CPU runtime.
 
     For scripts that have no framework to do it. Call it on every rank: under torchrun the world comes from the
-    environment (RANK, WORLD_SIZE, MASTER_ADDR, ...), in a plain process it is one rank, and a world that torch.distributed
-    already has is used. The data-parallel size is what the others leave over.
+    environment (RANK, WORLD_SIZE, MASTER_ADDR, ...), in a plain process it is one rank, and a world that
+    torch.distributed already has is used. The data-parallel size is what the others leave over.
 
     Args:
         seed: of weight initialisation and dropout; made different between pipeline stages and tensor-parallel ranks.
@@ -117,8 +118,8 @@ def destroy_parallel() -> None:
 def ensure_parallel_state() -> None:
     """Leave with a parallel state, the CPU runtime where CUDA is absent, and seeded random streams.
 
-    An existing parallel state is used as it is. In a plain process without set-up, a world of one rank is started, and the
-    log says so. Several ranks without a parallel state cannot be guessed.
+    An existing parallel state is used as it is. In a plain process without set-up, a world of one rank is started, and
+    the log says so. Several ranks without a parallel state cannot be guessed.
 
     Raises:
         TopologyError: there is a world of several ranks (torchrun, or torch.distributed) but no parallel state.
@@ -128,9 +129,10 @@ def ensure_parallel_state() -> None:
         world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         if world_size > 1:
             raise TopologyError(
-                f"this is one of {world_size} processes, but Megatron-Core's parallel state is not initialised, so how the "
-                "model is to be split is unknown; call mbridge.megatron.init_parallel(tp=..., pp=...) on every rank, or "
-                "megatron.core.parallel_state.initialize_model_parallel(...), before get_model()"
+                f"this is one of {world_size} processes, but Megatron-Core's parallel state is not initialised, so how "
+                "the model is to be split is unknown; before get_model(), call on every rank "
+                "mbridge.megatron.init_parallel(tp=..., pp=...) or, after torch.distributed's own initialisation, "
+                "megatron.core.parallel_state.initialize_model_parallel(...)"
             )
         logger.info("no parallel state found: starting Megatron-Core in a world of one rank")
         init_parallel()
@@ -199,8 +201,8 @@ def _require_parallel_state() -> Any:
     state = _parallel_state()
     if not (dist.is_initialized() and state.model_parallel_is_initialized()):
         raise TopologyError(
-            "Megatron-Core's parallel state is not initialised; call mbridge.megatron.init_parallel(tp=..., pp=...), or "
-            "get_model() for a world of one rank"
+            "Megatron-Core's parallel state is not initialised; call mbridge.megatron.init_parallel(tp=..., pp=...), "
+            "or get_model() for a world of one rank"
         )
     return state
 
@@ -216,7 +218,7 @@ def _start_world(backend: str | None, timeout_s: float) -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def _fit(tp: int, pp: int, vpp: int, ep: int, etp: int | None, cp: int, world_size: int) -> Topology:

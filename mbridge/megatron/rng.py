@@ -21,7 +21,7 @@ class CpuRngTracker(CudaRNGStatesTracker):
     """`CudaRNGStatesTracker` with torch's CPU generator in place of CUDA's."""
 
     def add(self, name: str, seed: int) -> None:
-        """Begin stream `name` at `seed`. Unlike the parent, two streams may share a seed, as TP rank 0 of two stages do."""
+        """Begin stream `name` at `seed`."""
         self._is_initialized = True
         self.seeds_.add(seed)
         self.states_[name] = torch.Generator().manual_seed(seed).get_state()

@@ -1,13 +1,13 @@
 """Megatron-Core on a machine without CUDA.
 
-Megatron-Core 0.16 builds, trains and pipelines models on CPU over gloo once a few attributes answer for the CPU. Each is
-one `Fix` in `FIXES`: what is replaced, why, on which condition, and when the entry can go. `RUNTIME.install()` applies
-those whose condition holds and remembers what was there; `RUNTIME.uninstall()` puts exactly that back. On a machine with
-CUDA and TransformerEngine no condition holds and nothing is changed.
+Megatron-Core 0.16 builds, trains and pipelines models on CPU over gloo once a few attributes answer for the CPU. Each
+is one `Fix` in `FIXES`: what is replaced, why, on which condition, and when the entry can go. `RUNTIME.install()`
+applies those whose condition holds and remembers what was there; `RUNTIME.uninstall()` puts exactly that back. On a
+machine with CUDA and TransformerEngine no condition holds and nothing is changed.
 
-What cannot be an attribute is a mode: `cpu_tensors()` turns `device="cuda"` arguments and `.cuda()` into the CPU's while
-it is active. Building a model enters it by itself; a training loop enters it around a pipeline schedule and around
-Megatron-Core's optimizer, or takes its schedule from `forward_backward_func()`.
+What cannot be an attribute is a mode: `cpu_tensors()` turns `device="cuda"` arguments and `.cuda()` into the CPU's
+while it is active. Building a model enters it by itself; a training loop enters it around a pipeline schedule and
+around Megatron-Core's optimizer, or takes its schedule from `forward_backward_func()`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger("mbridge")
 
 _ABSENT: Final = object()
 
-# TransformerConfig values that a model on CPU must have, whatever its config says: fusions are CUDA kernels or need apex.
+# TransformerConfig values that a model on CPU must have, whatever its config says: fusions are CUDA kernels or apex's.
 CPU_TRANSFORMER_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "masked_softmax_fusion": False,
@@ -43,8 +43,8 @@ CPU_TRANSFORMER_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-# The same for a model with experts: the alltoall dispatcher creates a CUDA stream, and allgather, which replaces it, refuses
-# variable lengths; grouped experts need grouped_gemm or TransformerEngine.
+# The same for a model with experts: the alltoall dispatcher creates a CUDA stream, and allgather, which replaces it,
+# refuses variable lengths; grouped experts need grouped_gemm or TransformerEngine.
 CPU_MOE_DEFAULTS: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "moe_token_dispatcher_type": "allgather",
@@ -126,7 +126,7 @@ FIXES: Final[tuple[Fix, ...]] = (
         "current_device",
         replacement=lambda: _cpu_device,
         needed=_no_cuda,
-        why="Megatron-Core allocates rotary tables, masks, gather outputs and p2p buffers on torch.cuda.current_device()",
+        why="rotary tables, masks, gather outputs and p2p buffers are allocated on torch.cuda.current_device()",
         until="it asks for the device of an input or a parameter instead",
     ),
     Fix(
@@ -182,7 +182,7 @@ FIXES: Final[tuple[Fix, ...]] = (
         "HAVE_TE",
         replacement=lambda: False,
         needed=_claims_te,
-        why="0.16.1 leaves it True without TransformerEngine, where TELinear is a mock, and then calls isinstance(x, mock)",
+        why="0.16.1 leaves it True without TransformerEngine, and calls isinstance with the mock TELinear",
         until="multi_latent_attention.py takes HAVE_TE from extensions/transformer_engine.py",
     ),
 )
@@ -236,7 +236,7 @@ class CpuRuntime:
             logger.debug("Megatron-Core runtime fixes: %s", ", ".join(entry.fix.name for entry in self._applied))
 
     def uninstall(self) -> None:
-        """Put back exactly what `install` replaced. An attribute that someone changed since is left to them, and logged."""
+        """Put back exactly what `install` replaced. What someone changed since is left as it is, and logged."""
         while self._applied:
             entry = self._applied.pop()
             if entry.module.__dict__.get(entry.fix.attribute, _ABSENT) is not entry.replacement:
@@ -266,6 +266,9 @@ class _CpuTensors(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizer compares this name with "torch.cuda.FloatTensor" and the like.
+            return func(*args).replace("torch.", "torch.cuda.", 1) if args[0].device.type == "cpu" else func(*args)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -282,8 +285,8 @@ def _is_cuda(device: object) -> bool:
 def cpu_tensors() -> AbstractContextManager[object]:
     """A block in which `device="cuda"` means the CPU; with CUDA present it changes nothing.
 
-    Megatron-Core's schedules allocate `torch.zeros(..., device="cuda")`, and a tied embedding split over pipeline stages
-    is moved with `.cuda()` while the model is built. Can go when both use the device of the model.
+    Megatron-Core's schedules allocate `torch.zeros(..., device="cuda")`, and a tied embedding split over pipeline
+    stages is moved with `.cuda()` while the model is built. Can go when both use the device of the model.
     """
     return nullcontext() if torch.cuda.is_available() else _CpuTensors()
 

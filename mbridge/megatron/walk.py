@@ -23,10 +23,10 @@ _LAYER_PATH = re.compile(r"(?:^|\.)(?:decoder|mtp)\.layers\.\d+$")
 class LocalTensor:
     """One parameter or persistent buffer of this rank.
 
-    `name` is relative to the bare model of chunk `chunk` (no `module.` of a wrapper) and holds the layer's number within
-    that chunk. `global_layer` is the layer's number in the whole model, from 0, and None outside layers; for `mtp.layers`
-    it is the depth, from 0. `tensor` is the live `nn.Parameter` or buffer itself: its storage may be replaced by an
-    optimizer or an offload, so keep names and walk again rather than keeping tensors.
+    `name` is relative to the bare model of chunk `chunk` (no `module.` of a wrapper) and holds the layer's number
+    within that chunk. `global_layer` is the layer's number in the whole model, from 0, and None outside layers; for
+    `mtp.layers` it is the depth, from 0. `tensor` is the live `nn.Parameter` or buffer itself: its storage may be
+    replaced by an optimizer or an offload, so keep names and walk again rather than keeping tensors.
     """
 
     chunk: int
