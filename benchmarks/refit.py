@@ -47,6 +47,7 @@ def main() -> None:
             skip_tokenizer_init=True,
             max_model_len=256,
             enforce_eager=True,
+            gpu_memory_utilization=0.4,
             worker_extension_cls="refit_peer.Peer",
         )
         llm.collective_rpc("peer_hold", args=(str(path),))

@@ -81,7 +81,8 @@ def grpo_step(model, optimizer, batch: dict[str, torch.Tensor]) -> float:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float((ratio - 1 - log_ratio).detach().sum() / batch["mask"].sum())
+    log_ratio = log_ratio.detach().double()  # exp(x) - 1 - x of a tiny x needs the precision
+    return float((log_ratio.expm1() - log_ratio).sum() / batch["mask"].sum())
 
 
 def main() -> None:
@@ -101,7 +102,8 @@ def main() -> None:
     (model,) = bridge.get_model(weight_path=bridge.path)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     # The engine lives beside rank 0, in fp32 like the policy, so that their log-probs can be compared closely.
-    llm = start_llm(str(bridge.path), dtype="float32", max_model_len=128, enforce_eager=True) if rank == 0 else None
+    options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "gpu_memory_utilization": 0.3}
+    llm = start_llm(str(bridge.path), **options) if rank == 0 else None
 
     history = []
     with WeightSyncer(bridge, llm) as syncer:
@@ -113,11 +115,12 @@ def main() -> None:
             mean_reward = float(batch[0]["rewards"].mean())
             history.append({"reward": mean_reward, "kl": kl, "refit_ms": report and report.total_s * 1e3})
             if rank == 0:
-                print(f"step {step:3d}  reward {mean_reward:.3f}  KL {kl:.6f}  {report or 'no refit'}", flush=True)
+                print(f"step {step:3d}  reward {mean_reward:.3f}  KL {kl:.1e}  {report or 'no refit'}", flush=True)
     if rank == 0:
         first, last = history[0]["reward"], history[-1]["reward"]
+        mean_kl = sum(entry["kl"] for entry in history) / len(history)
         picture = plot_run(history, args.out / ("no-sync.png" if args.no_sync else "quickstart.png"))
-        print(f"reward {first:.3f} -> {last:.3f}; mean KL {sum(h['kl'] for h in history) / len(history):.6f}; {picture}")
+        print(f"reward {first:.3f} -> {last:.3f}; mean KL {mean_kl:.1e}; {picture}")
     destroy_parallel()
 
 

@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint, fill_padding, holds_weights
 from .errors import CheckpointError, ModelError, listed
 from .export import RankLayout, StageExport, save
 from .families import Family, MegatronConfig, all_families, find_family
-from .gather import BUCKET_BYTES, Bucket
+from .gather import BUCKET_BYTES, Bucket, on_all, world_group
 from .hf_config import as_dict, normalise, read_hf_config
 from .megatron import LocalTensor, build_chunks, ensure_parallel_state, read_groups, read_topology, walk
 from .megatron.build import Spec
@@ -200,6 +200,7 @@ class Bridge:
         missing, extra, mis-shaped or non-float tensor) or ModelError the model is as it was.
         """
         layout = self._layout(models)
+        layout.check_complete()
         checkpoint = Checkpoint.open(_find_folder(weights_path))
         checkpoint.check(layout.table.tensors(), self._family.redundant(self._normal))
         tensors = self.local_tensors(models)
@@ -246,12 +247,11 @@ class Bridge:
         Raises CheckpointError on the rank that cannot write, for example because its disk is full, and PeerError on all
         others.
         """
-        original = Checkpoint.open(self.path) if self.path is not None and holds_weights(self.path) else None
         save(
             self._export(models, strict=strict),
             Path(weights_path),
             by_stage=distributed_filesystem,
-            original=original,
+            original=on_all(self._original, world_group()),
             config=self.raw_config,
             source=self.path,
         )
@@ -267,7 +267,13 @@ class Bridge:
 
     def local_tensors(self, models: Models) -> dict[str, torch.Tensor]:
         """This rank's live parameters and buffers by the local names that pieces use, looked up afresh at each call."""
-        return {_global_name(local): local.tensor.data for local in walk(models)}
+        found: dict[str, torch.Tensor] = {}
+        for local in walk(models):
+            name = _global_name(local)
+            if name in found:
+                raise ModelError(f"two parameters here are {name!r} of the whole model; is a layer number wrong?")
+            found[name] = local.tensor.data
+        return found
 
     def _layout(self, models: Models) -> RankLayout:
         tensors = self.local_tensors(models)
@@ -279,15 +285,18 @@ class Bridge:
         table = self._table()
         return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
 
+    def _original(self) -> Checkpoint | None:
+        """The checkpoint that the bridge was made from, if it holds weights."""
+        return Checkpoint.open(self.path) if self.path is not None and holds_weights(self.path) else None
+
     def _table(self) -> Table:
         return Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
 
     def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
-        groups = read_groups()
         return StageExport(
-            self._layout(models),
+            on_all(lambda: self._layout(models), world_group()),
             self.local_tensors(models),
-            groups,
+            read_groups(),
             bucket_bytes=bucket_bytes,
             strict=strict,
         )

@@ -54,7 +54,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
-        """Read the index and every header. Raises CheckpointError for files that are absent, damaged or contradictory."""
+        """Read the index and every header. Raises CheckpointError if files are absent, damaged or contradictory."""
         folder = Path(folder)
         claimed = _claimed_files(folder)
         files: dict[str, str] = {}
@@ -161,7 +161,7 @@ def _claimed_files(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Is it truncated, or still being written?") from error
@@ -189,9 +189,9 @@ def plan_shards(
         return [list(shards.values())]
     divided = [list(_split(group, max_bytes)) for group in groups]
     total = sum(map(len, divided))
-    numbers = iter(range(1, total + 1))
-    name = (lambda: SINGLE) if total == 1 else lambda: f"model-{next(numbers):05d}-of-{total:05d}.safetensors"
-    return [[Shard(name(), specs) for specs in parts] for parts in divided]
+    numbered = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
+    names = iter([SINGLE]) if total == 1 else numbered
+    return [[Shard(next(names), specs) for specs in parts] for parts in divided]
 
 
 def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorSpec]]:

@@ -10,8 +10,8 @@
     ├── PlanError                   pieces that leave a hole, overlap, or differ between ranks
     └── PeerError                   another rank failed in something that all ranks do together
 
-A message says what was expected, what was found, where (tensor, rank), and what to do. `mbridge_rl.errors` continues the
-tree below `MBridgeError`, so that one `except` catches both packages.
+A message says what was expected, what was found, where (tensor, rank), and what to do. `mbridge_rl.errors` continues
+the tree below `MBridgeError`, so that one `except` catches both packages.
 """
 
 from __future__ import annotations

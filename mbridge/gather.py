@@ -9,9 +9,9 @@ besides megatron/, that calls torch.distributed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ BUCKET_BYTES = 256 * 1024**2
 
 # torch 2.13 renamed it and warns at each call of the old name; torch 2.11 has only that one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+T = TypeVar("T")
 
 
 class Placed(NamedTuple):
@@ -245,6 +248,18 @@ def raise_on_all(error: MBridgeError | None, group: dist.ProcessGroup | None) ->
             raise PeerError(f"rank {rank} failed, so this rank stops too. {text}")
 
 
+def on_all(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """`action()`, called on every rank of `group`; if it fails on one, every rank raises and none is left waiting."""
+    outcome: list[T] = []
+    error: MBridgeError | None = None
+    try:
+        outcome.append(action())
+    except MBridgeError as caught:
+        error = caught
+    raise_on_all(error, group)
+    return outcome[0]
+
+
 def exchange(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """`value` of every rank of a group, by rank. While planning only; never in the loop over buckets."""
     if group is None or dist.get_world_size(group) == 1:
@@ -269,5 +284,3 @@ def _view(flat: torch.Tensor, offset: int, shape: Sequence[int], dtype: torch.dt
 
 def _aligned(num_bytes: int, to: int = ALIGNMENT) -> int:
     return -(-num_bytes // to) * to
-
-

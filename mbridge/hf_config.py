@@ -78,6 +78,9 @@ def normalise(raw: Mapping[str, Any]) -> HFConfig:
     rope_type = rope.pop("rope_type", None) or legacy or "default"
     theta = rope.pop("rope_theta", None) or theta or 10000.0
     config["rope"] = {"type": rope_type, "theta": float(theta), **rope}
+    if config.get("num_mtp_layers") is not None:
+        config.setdefault("num_nextn_predict_layers", config["num_mtp_layers"])
+    config.pop("num_mtp_layers", None)
     if "num_local_experts" in config and "num_experts" not in config:
         config["num_experts"] = config.pop("num_local_experts")
     return config

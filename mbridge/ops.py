@@ -1,8 +1,8 @@
 """Layout ops: how one Megatron-Core parameter is assembled from HF tensors and cut over a parallel axis.
 
-Every layout of Megatron-Core's linear, embedding and norm weights is the same two steps. First, blocks of rows of one or
-more HF tensors are laid one after the other along one dim: the *segments* of the whole parameter. Then that dim is cut
-into equal, contiguous chunks, one for each index on a parallel axis. An op names the axis and the dim and lists the
+Every layout of Megatron-Core's linear, embedding and norm weights is the same two steps. First, blocks of rows of one
+or more HF tensors are laid one after the other along one dim: the *segments* of the whole parameter. Then that dim is
+cut into equal, contiguous chunks, one for each index on a parallel axis. An op names the axis and the dim and lists the
 segments; `layout` does the cutting, for all of them. So a chunk boundary may fall inside an attention group (fewer
 groups than ranks) without any op knowing about it.
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
 from .errors import ModelError, TopologyError
@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a local tensor's elements come from; pieces and padding together are the whole tensor, each element once."""
+    """Where a local tensor's elements come from; pieces and padding are all of the tensor, each element once."""
 
     pieces: tuple[Piece, ...]
     padding: tuple[Region, ...]
@@ -43,8 +43,12 @@ class Layout(NamedTuple):
 class Op(ABC):
     """How a parameter is assembled along `dim` and over which axis it is cut (None: every rank holds all of it)."""
 
-    axis: ClassVar[Axis | None] = "tp"
+    axis: Axis | None = field(default="tp", kw_only=True)
     dim: ClassVar[int] = 0
+
+    def at_shape(self, local: Shape, shapes: Sequence[Shape]) -> Op:
+        """The op that a local tensor of shape `local` shows; most look the same everywhere."""
+        return self
 
     @abstractmethod
     def segments(self, shapes: Sequence[Shape], size: int, rows: int) -> Sequence[Segment]:
@@ -59,7 +63,7 @@ class Op(ABC):
 class Replicated(Op):
     """One HF tensor, whole, on every rank: norms, routers, biases of row-parallel layers."""
 
-    axis: ClassVar[Axis | None] = None
+    axis: Axis | None = field(default=None, kw_only=True)
 
     def segments(self, shapes: Sequence[Shape], size: int, rows: int) -> Sequence[Segment]:
         return [Segment(0, 0, shapes[0][0])]
@@ -71,6 +75,17 @@ class Column(Op):
 
     def segments(self, shapes: Sequence[Shape], size: int, rows: int) -> Sequence[Segment]:
         return [Segment(0, 0, shapes[0][0])]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnOrReplicated(Column):
+    """MLA's down projections: cut by the local spec, whole on every rank with TransformerEngine ("duplicated").
+
+    Only the shape tells: megatron/core/transformer/multi_latent_attention.py builds both under one name.
+    """
+
+    def at_shape(self, local: Shape, shapes: Sequence[Shape]) -> Op:
+        return Replicated() if local[:1] == shapes[0][:1] else Column(axis=self.axis)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +154,18 @@ def local_shape(op: Op, shapes: Sequence[Shape], size: int, rows: int | None = N
 
 
 def layout(
-    op: Op, hf_names: Sequence[str], shapes: Sequence[Shape], local_name: str, local: Shape, index: int, size: int
+    op: Op,
+    hf_names: Sequence[str],
+    shapes: Sequence[Shape],
+    local_name: str,
+    local: Shape,
+    index: int,
+    size: int,
+    region: Region | None = None,
 ) -> Layout:
     """Pieces and padding of the local tensor `local_name` of shape `local` at `index` of `size` ranks on the op's axis.
 
+    `region` (default: all of it) is where in the local tensor a parameter of shape `local` lies.
     Raises ModelError when `local` is not the shape that the HF tensors make there.
     """
     if op.axis is None:
@@ -156,7 +179,8 @@ def layout(
             f"{local_name!r} has shape {list(local)} here; from {', '.join(hf_names)} of shapes "
             f"{[list(s) for s in shapes]} over {size} ranks {list(expected)} was expected"
         )
-    base = Region.contiguous(local)
+    base = Region.contiguous(local) if region is None else region
+    assert base.shape == local
     start, stop = index * local[op.dim], (index + 1) * local[op.dim]
     pieces, padding = [], []
     for segment, at in _cut(op.segments(shapes, size, rows), start, stop):

@@ -1,8 +1,8 @@
 """Pieces: which part of which Hugging Face tensor is stored where in which local tensor.
 
 A piece says: *box B of HF tensor T is stored at region R of local tensor P*. Trainers, checkpoints and engines are all
-described by lists of pieces, and every movement of weights is a join of two such lists (`join`). Everything here is pure
-arithmetic on integers: no model, no process group, no device.
+described by lists of pieces, and every movement of weights is a join of two such lists (`join`). Everything here is
+pure arithmetic on integers: no model, no process group, no device.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A strided view of a local tensor: offset, shape and stride in elements, counted from the tensor's first element."""
+    """A strided view of a local tensor: offset, shape and stride in elements, counted from the tensor's first."""
 
     offset: int
     shape: Shape
@@ -102,7 +102,7 @@ class Piece:
 
 
 class Copy(NamedTuple):
-    """One strided copy of a plan: `box` of `hf_name`, from a region of a source tensor to one of a destination tensor."""
+    """One strided copy of a plan: `box` of `hf_name`, from a region of a source to one of a destination."""
 
     hf_name: str
     box: Box

@@ -51,6 +51,31 @@ class Topology:
         return self.tp * self.cp * self.dp
 
     @property
+    def replica_size(self) -> int:
+        """Consecutive ranks of a stage that together hold every one of its weights: tp, or etp * ep if that is more."""
+        dense, expert = self.tp, self.expert_tp * self.ep
+        if max(dense, expert) % min(dense, expert):
+            raise TopologyError(f"tp = {dense} and etp * ep = {expert}: one must be a multiple of the other")
+        return max(dense, expert)
+
+    def replica(self, at: Coordinates) -> int:
+        """Which of its stage's replicas (blocks of `replica_size` ranks) a rank belongs to."""
+        return self.rank_in_stage(at) // self.replica_size
+
+    def rank_in_stage(self, at: Coordinates) -> int:
+        return at.tp + self.tp * (at.cp + self.cp * at.dp)
+
+    def owns(self, at: Coordinates, axis: str | None, *, expert: bool) -> bool:
+        """Whether, inside its replica, the rank answers for a parameter cut over `axis` (None: whole on each rank)."""
+        size, index = (self.expert_tp * self.ep, at.etp) if expert else (self.tp, at.tp)
+        return self.rank_in_stage(at) % self.replica_size < size and (axis is not None or index == 0)
+
+    def replica_members(self, at: Coordinates) -> list[Coordinates]:
+        """The coordinates of every rank in this rank's replica, in rank order."""
+        first = at.pp * self.stage_size + self.replica(at) * self.replica_size
+        return [self.coordinates(first + number) for number in range(self.replica_size)]
+
+    @property
     def world_size(self) -> int:
         return self.stage_size * self.pp
 
@@ -77,8 +102,3 @@ class Coordinates:
     etp: int = 0
     ep: int = 0
     edp: int = 0
-
-    @property
-    def is_first_replica(self) -> bool:
-        """Whether this rank stands for its data- and context-parallel replicas in dense layers."""
-        return self.dp == 0 and self.cp == 0

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
+
 from ..errors import UnsupportedModelError
 from ..hf_config import HFConfig
 from ..ops import Op
@@ -33,9 +35,10 @@ class MegatronConfig:
 class Row:
     """One parameter of Megatron-Core and the HF tensors that it is made of.
 
-    `mcore` lists the names it goes by (TransformerEngine's and the local spec's); `{layer}` stands for a layer number,
-    global from 0. `hf` and `shapes` give the HF tensors in the order that the op lays them out. A `copy` holds values
-    that another parameter answers for (a tied output layer on its own stage): it is loaded, and never sent.
+    `mcore` lists the names it goes by: TransformerEngine's, the local spec's. `{layer}` stands for a layer number, in
+    `mcore` the one of the module's own list (global, from 0) and in `hf` that plus `hf_offset`; `{expert}` for an
+    expert, global in `hf` and, in Megatron-Core's names, counted from the rank's first. `hf` and `shapes` give the HF
+    tensors in the order that the op lays them out.
     """
 
     mcore: tuple[str, ...]
@@ -43,10 +46,37 @@ class Row:
     shapes: tuple[Shape, ...]
     op: Op
     copy: bool = False
+    """It holds values that another parameter answers for (a tied output layer): it is loaded, and never sent."""
+    layers: tuple[int, ...] | None = None
+    """The layers that have it; None is all of the decoder."""
+    hf_offset: int = 0
+    num_experts: int = 0
+    """There is one for each of so many experts, divided over the ep axis."""
+    packed: str | None = None
+    """The name of one tensor that holds this parameter of all local experts side by side, each transposed: legacy
+    GroupedMLP's weight1 and weight2 (megatron/core/transformer/moe/experts.py)."""
+    dtype: torch.dtype | None = None
+    """Another dtype than the model's, kept end to end."""
+    optional: bool = False
+    """An engine may leave it unread: MTP layers, which engines load only to speculate."""
 
     @property
     def per_layer(self) -> bool:
         return "{layer}" in self.mcore[0]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """One on-disk tensor that holds some matrices of all experts of a layer, where the table has one tensor each.
+
+    `parts` are the table's names (with {layer} and {expert}), stacked along their dim 0 in this order; the tensor is
+    [experts, rows of all parts, columns], or with the last two dims exchanged where `transposed`.
+    Sources: transformers 5 `conversion_mapping.py` (written with save_original_format=False), and Qwen3-VL-MoE's files.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +89,8 @@ class Family:
     megatron: Callable[[HFConfig], MegatronConfig]
     check: Callable[[HFConfig, Sequence[str]], None]
     """Raises ConfigError for a config that cannot be expressed; the second argument lists fields to pass over."""
+    fused_experts: Callable[[HFConfig], Sequence[FusedExperts]] = lambda config: ()
+    """How checkpoints that keep a layer's experts in one tensor name and lay them out."""
     redundant: Callable[[HFConfig], Sequence[str]] = lambda config: ()
     """HF names (`{layer}` allowed) that some checkpoints carry and no parameter needs."""
 

@@ -5,7 +5,7 @@ Names and layouts: megatron/core/models/gpt/gpt_layer_specs.py and transformer/a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch.nn.functional import silu
@@ -80,25 +80,32 @@ def attention(config: HFConfig, *, qkv_bias: bool, qk_norm: bool) -> list[Row]:
     return rows
 
 
+def mlp_norm(config: HFConfig) -> Row:
+    """The norm before the MLP or the experts. TransformerEngine fuses it into a dense fc1, never into experts."""
+    return _norm(
+        _LAYER + "mlp.linear_fc1.layer_norm_weight",
+        _LAYER + "pre_mlp_layernorm.weight",
+        hf=_HF_LAYER + "post_attention_layernorm.weight",
+        size=config["hidden_size"],
+    )
+
+
 def gated_mlp(config: HFConfig) -> list[Row]:
-    """Dense gated MLP with the norm before it."""
+    """Dense gated MLP."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     ours, theirs = _LAYER + "mlp.", _HF_LAYER + "mlp."
     gate_up = (theirs + "gate_proj.weight", theirs + "up_proj.weight")
     return [
-        _norm(
-            ours + "linear_fc1.layer_norm_weight",
-            _LAYER + "pre_mlp_layernorm.weight",
-            hf=_HF_LAYER + "post_attention_layernorm.weight",
-            size=hidden,
-        ),
         Row((ours + "linear_fc1.weight",), gate_up, ((ffn, hidden), (ffn, hidden)), GateUp()),
         _linear(ours + "linear_fc2.weight", theirs + "down_proj.weight", (hidden, ffn), RowParallel()),
     ]
 
 
-def dense_megatron(config: HFConfig, *, qkv_bias: bool, qk_norm: bool) -> MegatronConfig:
-    """TransformerConfig and GPTModel arguments of a dense decoder with RMSNorm, SwiGLU and rope."""
+def decoder_megatron(config: HFConfig, *, qkv_bias: bool, qk_norm: bool, **more: Any) -> MegatronConfig:
+    """TransformerConfig and GPTModel arguments of a decoder with RMSNorm, SwiGLU and rope.
+
+    `more` are further fields of TransformerConfig, such as those of MoE layers or latent attention.
+    """
     transformer = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -115,13 +122,15 @@ def dense_megatron(config: HFConfig, *, qkv_bias: bool, qk_norm: bool) -> Megatr
         "qk_layernorm": qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": config.get("attention_dropout") or 0.0,
+        **more,
     }
     gpt = {
         "vocab_size": config["vocab_size"],
         "max_sequence_length": config.get("max_position_embeddings", 4096),
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings")),
-        **rope_arguments(config["rope"]),
+        # Latent attention makes its own rope, from TransformerConfig.
+        **({} if more.get("multi_latent_attention") else rope_arguments(config["rope"])),
     }
     return MegatronConfig(transformer, gpt)
 
@@ -166,10 +175,15 @@ def _factor(rope: dict[str, Any]) -> float:
     return float(factor)
 
 
-def check_dense(
-    config: HFConfig, ignored: Sequence[str], *, mapped: Collection[str] = (), fixed: Mapping[str, Collection[Any]]
+def check_decoder(
+    config: HFConfig,
+    ignored: Sequence[str],
+    *,
+    mapped: Collection[str] = (),
+    fixed: Mapping[str, Collection[Any]],
+    check_rope: Callable[[HFConfig], object] = lambda config: rope_arguments(config["rope"]),
 ) -> None:
-    """Checks that every dense family makes; `mapped` and `fixed` add the family's own fields."""
+    """Checks that every family makes; `mapped` and `fixed` add the family's own fields."""
     require(config, REQUIRED_FIELDS)
     layer_types = config.get("layer_types") or []
     windowed = sorted(set(layer_types) - {"full_attention"})
@@ -181,7 +195,7 @@ def check_dense(
             f"num_attention_heads = {config['num_attention_heads']} is no multiple of "
             f"num_key_value_heads = {num_groups(config)}"
         )
-    rope_arguments(config["rope"])
+    check_rope(config)
 
 
 def tied_output(config: HFConfig) -> list[str]:
@@ -195,4 +209,3 @@ def _norm(*mcore: str, hf: str, size: int) -> Row:
 
 def _linear(mcore: str, hf: str, shape: tuple[int, int], op: Op) -> Row:
     return Row((mcore,), (hf,), (shape,), op)
-

@@ -9,21 +9,30 @@ from collections.abc import Sequence
 
 from ..hf_config import HFConfig
 from . import Family, MegatronConfig, Row
-from ._blocks import attention, check_dense, dense_megatron, embedding, gated_mlp, output_head, tied_output
+from ._blocks import (
+    attention,
+    check_decoder,
+    decoder_megatron,
+    embedding,
+    gated_mlp,
+    mlp_norm,
+    output_head,
+    tied_output,
+)
 
 
 def _rows(config: HFConfig) -> list[Row]:
-    layer = [*attention(config, qkv_bias=False, qk_norm=False), *gated_mlp(config)]
+    layer = [*attention(config, qkv_bias=False, qk_norm=False), mlp_norm(config), *gated_mlp(config)]
     return [*embedding(config), *layer, *output_head(config)]
 
 
 def _megatron(config: HFConfig) -> MegatronConfig:
-    return dense_megatron(config, qkv_bias=False, qk_norm=False)
+    return decoder_megatron(config, qkv_bias=False, qk_norm=False)
 
 
 def _check(config: HFConfig, ignored: Sequence[str]) -> None:
     # attention_bias would also put a bias on o_proj, which Megatron-Core has only together with MLP biases.
-    check_dense(config, ignored, fixed={"attention_bias": (False,), "mlp_bias": (False,)})
+    check_decoder(config, ignored, fixed={"attention_bias": (False,), "mlp_bias": (False,)})
 
 
 def _redundant(config: HFConfig) -> list[str]:

@@ -3,7 +3,8 @@
     runtime.py   Megatron-Core without CUDA: a table of small fixes, installed and undone as one
     rng.py       the random streams of Megatron-Core on CPU
     parallel.py  starting, ending and reading the parallel state
-    build.py     GPTModel chunks from a MegatronConfig
+    config.py    TransformerConfig from a MegatronConfig, the topology and the machine
+    build.py     GPTModel chunks from them
     mla.py       what the local layers lack for multi-latent attention
     walk.py      the parameters and buffers of chunks, with global layer numbers
 
@@ -13,6 +14,7 @@ Importing this package does not import megatron; calling its functions does (abo
 from __future__ import annotations
 
 from .build import build_chunks
+from .config import transformer_config
 from .parallel import (
     ParallelGroups,
     destroy_parallel,
@@ -37,6 +39,7 @@ __all__ = [
     "init_parallel",
     "read_groups",
     "read_topology",
+    "transformer_config",
     "unwrap",
     "walk",
 ]

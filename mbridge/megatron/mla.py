@@ -16,8 +16,8 @@ class MlaDotProductAttention(DotProductAttention):
 
     def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The parent's forward handles any value size; only the width of its output comes from the config. MLA's base class
-        # builds a core attention without channels first, and replaces it.
+        # The parent's forward handles any value size; only the width of its output comes from the config. MLA's base
+        # class builds a core attention without channels first, and replaces it.
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 

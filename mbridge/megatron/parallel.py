@@ -51,6 +51,7 @@ class ParallelGroups:
     ep: Group
     etp: Group
     edp: Group
+    experts: Group  # etp x ep: ranks that together hold all experts of a layer
     stage: Group
 
 
@@ -81,7 +82,6 @@ def init_parallel(
         TopologyError: the sizes do not fit the world, or a parallel state of other sizes exists.
     """
     state = _parallel_state()
-    wanted = f"tp={tp} pp={pp} vpp={vpp} ep={ep} etp={etp} cp={cp}"
     started_world = not dist.is_initialized()
     if started_world:
         _start_world(backend, timeout_s)
@@ -101,7 +101,7 @@ def init_parallel(
         raise
     RUNTIME.install()
     _seed(seed)
-    logger.info("rank %d of %d: parallel state %s", dist.get_rank(), dist.get_world_size(), wanted)
+    logger.info("rank %d of %d: %s", dist.get_rank(), dist.get_world_size(), topology)
     return topology
 
 
@@ -183,8 +183,14 @@ def read_groups() -> ParallelGroups:
         ep=_group(state.get_expert_model_parallel_group()),
         etp=_group(state.get_expert_tensor_parallel_group()),
         edp=_group(state.get_expert_data_parallel_group()),
+        experts=_group(state.get_expert_tensor_and_model_parallel_group()),
         stage=_group(state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
     )
+
+
+def replica_group(groups: ParallelGroups) -> Group:
+    """The ranks of Topology.replica_size, in rank order: together they hold every weight of the stage."""
+    return max(groups.tp, groups.experts, key=lambda group: group.size)
 
 
 def _group(group: dist.ProcessGroup) -> Group:
@@ -212,7 +218,8 @@ def _start_world(backend: str | None, timeout_s: float) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if backend is None:
-        # NCCL refuses two ranks on one GPU; gloo moves CUDA tensors too, except by send and recv.
+        # NCCL refuses two ranks on one GPU. gloo reduces and gathers CUDA tensors too, but has neither send and recv
+        # for them (so no pipeline) nor the coalesced reduction of Megatron-Core's DDP.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks else "gloo"
     if "WORLD_SIZE" in os.environ:

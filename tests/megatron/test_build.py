@@ -12,7 +12,7 @@ import torch
 from small_models import BATCH, LENGTH, VOCAB, small_mla, small_moe, small_qwen2
 
 from mbridge.errors import ConfigError, TopologyError, UnsupportedConfigError
-from mbridge.megatron.build import check_divisible
+from mbridge.megatron.config import check_divisible
 from mbridge.topology import Topology
 
 
@@ -84,6 +84,21 @@ def test_a_split_that_megatron_refuses_is_our_error(ranks: Any) -> None:
         assert message.startswith("Megatron-Core refuses")
 
 
+def configs() -> None:
+    from mbridge.megatron import build_chunks, init_parallel, transformer_config, unwrap
+
+    init_parallel(tp=2)
+    extra = {"layernorm_epsilon": 0.5}
+    (chunk,) = build_chunks(small_qwen2(), dtype=torch.bfloat16, extra_transformer=extra)
+    alone = vars(transformer_config(small_qwen2(), dtype=torch.bfloat16, extra_transformer=extra))
+    for name, value in vars(unwrap(chunk).config).items():
+        assert callable(value) or alone[name] == value, name
+
+
+def test_the_config_alone_is_that_of_the_chunks(ranks: Any) -> None:
+    ranks.run(configs, 2)
+
+
 def callbacks_and_overrides() -> None:
     from mbridge.megatron import build_chunks, init_parallel, read_topology, unwrap
 
@@ -104,6 +119,7 @@ def callbacks_and_overrides() -> None:
         extra_transformer={"layernorm_epsilon": 0.5, "attention_backend": "auto"},
         extra_gpt={"max_sequence_length": 99},
         hf_config=marker,
+        initialize=False,
     )
     assert [unwrap(chunk) for chunk in chunks] == [model for model, _ in calls]
     assert [(keywords["pre_process"], keywords["post_process"]) for _, keywords in calls] == (
@@ -113,6 +129,7 @@ def callbacks_and_overrides() -> None:
         assert keywords["hf_config"] is marker
         assert keywords["config"] is model.config
         assert model.vp_stage == index
+        assert model.config.init_method(torch.zeros(50)).std() > 0  # works, although it was not used
         assert model.max_sequence_length == 99
         assert model.config.layernorm_epsilon == 0.5
         assert model.config.attention_backend.name == "auto"
