@@ -6,6 +6,7 @@ Names and defaults are those that RL frameworks already call (mbridge 0.15), so 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, fill_padding, holds_weights
+from .checkpoint import Checkpoint, fill_padding, holds_weights, names_in
 from .errors import CheckpointError, ModelError, listed
 from .export import RankLayout, StageExport, save
 from .families import Family, MegatronConfig, all_families, find_family
@@ -24,6 +25,9 @@ from .megatron import LocalTensor, build_chunks, ensure_parallel_state, read_gro
 from .megatron.build import Spec
 from .pieces import TensorSpec
 from .plan import Table, TrainerPlan, stored_by
+from .spelling import Spelling
+
+logger = logging.getLogger("mbridge")
 
 Models = nn.Module | Sequence[nn.Module]
 
@@ -42,6 +46,7 @@ class AutoBridge:
         *,
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
+        num_mtp_layers: int | None = None,
     ) -> Bridge:
         """The bridge of a checkpoint.
 
@@ -51,6 +56,8 @@ class AutoBridge:
             dtype: of the Megatron-Core parameters.
             make_vocab_size_divisible_by: embedding rows are padded to a multiple of this times tp (default 1).
             ignore_config_fields: config fields that you vouch for; any other unknown field is refused.
+            num_mtp_layers: multi-token-prediction layers to build; by default those that the checkpoint holds weights
+                of, and without a checkpoint those that the config claims (transformers 5 writes 1 for all DeepSeek-V3).
 
         Raises ConfigError for a config that Megatron-Core or the family cannot express, naming its fields.
         """
@@ -62,6 +69,7 @@ class AutoBridge:
             trust_remote_code=trust_remote_code,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             ignore_config_fields=ignore_config_fields,
+            num_mtp_layers=num_mtp_layers,
         )
 
     @classmethod
@@ -72,6 +80,7 @@ class AutoBridge:
         *,
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
+        num_mtp_layers: int | None = None,
     ) -> Bridge:
         """The bridge of a transformers config object, or of the dict of a config.json. See `from_pretrained`."""
         return Bridge(
@@ -80,6 +89,7 @@ class AutoBridge:
             hf_config=hf_config,
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             ignore_config_fields=ignore_config_fields,
+            num_mtp_layers=num_mtp_layers,
         )
 
     @classmethod
@@ -105,6 +115,7 @@ class Bridge:
         trust_remote_code: bool = False,
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
+        num_mtp_layers: int | None = None,
     ) -> None:
         self.path = path
         self.dtype = dtype
@@ -116,8 +127,23 @@ class Bridge:
         self._vocab_divisor = make_vocab_size_divisible_by or 1
         self._extra_args: dict[str, Any] = {}
         self._normal = normalise(self.raw_config)
+        if num_mtp_layers is None:
+            num_mtp_layers = self._mtp_layers_on_disk()
+        if num_mtp_layers is not None:
+            self._normal["num_nextn_predict_layers"] = num_mtp_layers
         self._family: Family = find_family(self._normal.get("model_type"))
         self._family.check(self._normal, ignore_config_fields)
+
+    def _mtp_layers_on_disk(self) -> int | None:
+        """How many of the claimed MTP layers have weights; None if the config claims none or there are no files."""
+        claimed = self._normal.get("num_nextn_predict_layers")
+        if not claimed or self.path is None or not holds_weights(self.path):
+            return None
+        first, names = self._normal["num_hidden_layers"], names_in(self.path)
+        found = sum(f"model.layers.{first + n}.eh_proj.weight" in names for n in range(claimed))
+        if found < claimed:
+            logger.info("%s: the config claims %d MTP layers, its files hold %d", self.path, claimed, found)
+        return found
 
     @property
     def hf_config(self) -> Any:
@@ -202,9 +228,11 @@ class Bridge:
         layout = self._layout(models)
         layout.check_complete()
         checkpoint = Checkpoint.open(_find_folder(weights_path))
-        checkpoint.check(layout.table.tensors(), self._family.redundant(self._normal))
+        spelling = self._spelling(layout.table, checkpoint)
+        expected = [spec for group in spelling.groups(layout.table.groups()) for spec in group]
+        checkpoint.check(expected, self._family.redundant(self._normal))
         tensors = self.local_tensors(models)
-        num_bytes = checkpoint.read_into(tensors, layout.stored.pieces)
+        num_bytes = checkpoint.read_into(tensors, spelling.pieces(layout.stored.pieces, with_copies=False))
         fill_padding(tensors, layout.stored.padding)
         return num_bytes
 
@@ -247,14 +275,14 @@ class Bridge:
         Raises CheckpointError on the rank that cannot write, for example because its disk is full, and PeerError on all
         others.
         """
-        save(
-            self._export(models, strict=strict),
-            Path(weights_path),
-            by_stage=distributed_filesystem,
-            original=on_all(self._original, world_group()),
-            config=self.raw_config,
-            source=self.path,
-        )
+        export = self._export(models, strict=strict)
+        original = on_all(self._original, world_group())
+        config = self.raw_config
+        if original is not None and original.scaled:
+            logger.warning("%d tensors of %s are fp8; they are saved in bfloat16", len(original.scaled), self.path)
+            config = {name: value for name, value in config.items() if name != "quantization_config"}
+        folder = Path(weights_path)
+        save(export, folder, by_stage=distributed_filesystem, original=original, config=config, source=self.path)
 
     def hf_tensors(self) -> list[TensorSpec]:
         """Names, shapes and dtypes of the HF tensors that the config describes, in layer order. Needs no model."""
@@ -285,6 +313,12 @@ class Bridge:
         table = self._table()
         return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
 
+    def _spelling(self, table: Table, checkpoint: Checkpoint | None) -> Spelling:
+        """How `checkpoint` names and lays out the table's tensors; without one, as the table does."""
+        found = {} if checkpoint is None else checkpoint.specs
+        family, config = self._family, self._normal
+        return Spelling.of(table, family.fused_experts(config), family.duplicates(config), found)
+
     def _original(self) -> Checkpoint | None:
         """The checkpoint that the bridge was made from, if it holds weights."""
         return Checkpoint.open(self.path) if self.path is not None and holds_weights(self.path) else None
@@ -293,10 +327,12 @@ class Bridge:
         return Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
 
     def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
+        layout = on_all(lambda: self._layout(models), world_group())
         return StageExport(
-            on_all(lambda: self._layout(models), world_group()),
+            layout,
             self.local_tensors(models),
             read_groups(),
+            self._spelling(layout.table, on_all(self._original, world_group())),
             bucket_bytes=bucket_bytes,
             strict=strict,
         )
@@ -314,8 +350,13 @@ def _find_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is not a folder, and without huggingface_hub it cannot be looked up as a hub id; give a folder"
+        ) from error
 
     try:
         return Path(snapshot_download(str(path), local_files_only=True))

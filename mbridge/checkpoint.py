@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import CheckpointError, listed
+from .fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_box, scale_shape
 from .pieces import Piece, Region, TensorSpec
 
 logger = logging.getLogger("mbridge")
@@ -38,7 +39,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _TAG = re.compile(r"\.[0-9a-f]{8}$")  # of a shard whose plain name was taken when it was saved
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?(\.[0-9a-f]{8})?\.safetensors")
 _PASSENGERS = (
-    "config.json", "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "generation_config.json", "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template*", "*.tiktoken", "*.model", "*.py",
 )  # fmt: skip
 
@@ -51,6 +52,7 @@ class Checkpoint:
     files: Mapping[str, str]  # HF name -> file name
     specs: Mapping[str, TensorSpec]
     odd_dtypes: Mapping[str, str]  # HF name -> what the header says, where it is no float
+    scaled: frozenset[str] = frozenset()  # HF names that are fp8 with block scales; their spec says bfloat16
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -77,7 +79,17 @@ class Checkpoint:
                 f"{folder / INDEX} names tensors that their files do not hold:\n"
                 + listed(f"{name} in {claimed[name]}" for name in absent)
             )
-        return cls(folder, files, specs, odd)
+        scaled = frozenset(name for name, dtype in odd.items() if dtype == "F8_E4M3" and name + SCALE_SUFFIX in specs)
+        for name in scaled:
+            del odd[name]
+            scales = specs.pop(name + SCALE_SUFFIX)
+            if scales.shape != scale_shape(specs[name].shape):
+                raise CheckpointError(
+                    f"{folder}: {scales.name} has shape {list(scales.shape)}; blocks of {BLOCK} x {BLOCK} of {name} "
+                    f"{list(specs[name].shape)} need {list(scale_shape(specs[name].shape))}"
+                )
+            specs[name] = specs[name]._replace(dtype=torch.bfloat16)
+        return cls(folder, files, specs, odd, scaled)
 
     def check(self, expected: Sequence[TensorSpec], redundant: Sequence[str] = ()) -> None:
         """Raise CheckpointError listing each missing, extra, mis-shaped or non-float tensor.
@@ -119,14 +131,32 @@ class Checkpoint:
             for piece in pieces:
                 view = handle.get_slice(piece.hf_name)
                 values = view[piece.box.slices] if piece.box.start else handle.get_tensor(piece.hf_name)
+                if piece.hf_name in self.scaled:
+                    values = dequantise(values, self._read_scales(piece), piece.box)
                 piece.region.of(tensors[piece.local_name]).copy_(values)
                 num_bytes += values.nbytes
         return num_bytes
+
+    def _read_scales(self, piece: Piece) -> torch.Tensor:
+        """The block scales of a piece; they may lie in another file than the weight."""
+        name = piece.hf_name + SCALE_SUFFIX
+        with _open(self.folder / self.files[name]) as handle:
+            scales: torch.Tensor = handle.get_slice(name)[scale_box(piece.box).slices]
+        return scales
 
 
 def holds_weights(folder: Path) -> bool:
     """Whether a safetensors checkpoint lies there, rather than a config alone."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """HF names of the checkpoint in `folder`: from its index, or from the header of its one file."""
+    claimed = _claimed_files(folder)
+    if claimed:
+        return frozenset(claimed)
+    with _open(folder / SINGLE) as handle:
+        return frozenset(handle.keys())
 
 
 def fill_padding(tensors: Mapping[str, torch.Tensor], padding: Iterable[tuple[str, Region]]) -> None:
@@ -339,19 +369,17 @@ def _put_index(folder: Path, save_id: str, shards: Sequence[Shard], final: Mappi
 
 
 def _stage_passengers(folder: Path, config: Mapping[str, Any], source: Path | None, save_id: str) -> None:
-    """Config, tokenizer and code files of the original, as partial files."""
-    if source is not None and source.resolve() == folder.resolve():
-        return
-    if source is not None:
-        for pattern in _PASSENGERS:
-            for path in filter(Path.is_file, source.glob(pattern)):
-                partial = partial_path(folder, path.name, save_id)
-                shutil.copyfile(path, partial)
-                _settle(partial)
+    """The config as given, and tokenizer and code files of the original, as partial files."""
     partial = partial_path(folder, "config.json", save_id)
-    if not partial.exists():
-        partial.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-        _settle(partial)
+    partial.write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    _settle(partial)
+    if source is None or source.resolve() == folder.resolve():
+        return
+    for pattern in _PASSENGERS:
+        for path in source.glob(pattern):
+            partial = partial_path(folder, path.name, save_id)
+            shutil.copyfile(path, partial)
+            _settle(partial)
 
 
 def _move_passengers(folder: Path, save_id: str) -> None:

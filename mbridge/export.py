@@ -32,6 +32,7 @@ from .megatron import ParallelGroups
 from .megatron.parallel import Group, replica_group
 from .pieces import Piece, TensorSpec
 from .plan import Stored, Table, agreement, digest, stored_by
+from .spelling import Spelling
 from .topology import Coordinates, Topology
 
 
@@ -71,6 +72,7 @@ class StageExport:
         layout: RankLayout,
         tensors: Mapping[str, torch.Tensor],
         groups: ParallelGroups,
+        spelling: Spelling,
         *,
         bucket_bytes: int,
         strict: bool,
@@ -81,14 +83,14 @@ class StageExport:
         self.world = world_group()
         self._stage_group = collective(replica_group(groups))
         self._pipeline_group = collective(groups.pp)
-        every = list(layout.table.groups())
+        every = spelling.groups(layout.table.groups())
         lines = agreement(layout.topology, [spec for group in every for spec in group])
         lines.append(f"bucket_bytes={bucket_bytes}, strict={strict}")
         check_agreement(digest(lines), lines, self.world)
         # What one rank stores is worked out by all of its stage (owned_by_replica), so they have to store the same.
         held = [f"{spec.name} {list(spec.shape)}" for spec in layout.specs]
         on_all(lambda: check_agreement(digest(held), held, self._stage_group), self.world)
-        owned = layout.owned_by_replica()
+        owned = [spelling.pieces(pieces, with_copies=True) for pieces in layout.owned_by_replica()]
         names = {piece.hf_name for rank in owned for piece in rank}
         mine = [number for number, group in enumerate(every) if group[0].name in names]
         by_stage = exchange(mine, self._pipeline_group)

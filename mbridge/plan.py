@@ -76,7 +76,7 @@ class Table:
 
     def groups(self) -> Iterator[tuple[TensorSpec, ...]]:
         """HF tensors in layer order, those of one parameter together. Copies are left out: they are no tensors more."""
-        for row, layer in self._in_layer_order():
+        for row, layer in self.in_layer_order():
             if row.copy:
                 continue
             dtype = row.dtype or self.dtype
@@ -90,7 +90,7 @@ class Table:
 
     def optional_names(self) -> frozenset[str]:
         """HF names that an engine may leave unread."""
-        optional = [(row, layer) for row, layer in self._in_layer_order() if row.optional]
+        optional = [(row, layer) for row, layer in self.in_layer_order() if row.optional]
         return frozenset(
             name
             for row, layer in optional
@@ -119,7 +119,7 @@ class Table:
         sides: dict[bool, bool] = {False: first, True: last}
         after_layers = False
         missing: list[str] = []
-        for row, layer in self._in_layer_order():
+        for row, layer in self.in_layer_order():
             after_layers = after_layers or layer is not None
             # Layers that predict further tokens (their HF numbers go on after the last) live on the last stage.
             wanted = sides[after_layers] if layer is None or row.hf_offset else first and last
@@ -139,7 +139,8 @@ class Table:
             if (row, layer, expert) not in found:
                 yield " or ".join(row.mcore).format(layer=layer, expert=expert)
 
-    def _in_layer_order(self) -> Iterator[tuple[Row, int | None]]:
+    def in_layer_order(self) -> Iterator[tuple[Row, int | None]]:
+        """Every row with every layer that has it (None: outside layers), in the order of the model."""
         for (per_layer, _), rows in itertools.groupby(self.rows, key=lambda row: (row.per_layer, row.hf_offset)):
             block = list(rows)
             if not per_layer:

@@ -91,6 +91,8 @@ class Family:
     """Raises ConfigError for a config that cannot be expressed; the second argument lists fields to pass over."""
     fused_experts: Callable[[HFConfig], Sequence[FusedExperts]] = lambda config: ()
     """How checkpoints that keep a layer's experts in one tensor name and lay them out."""
+    duplicates: Callable[[HFConfig], Mapping[str, str]] = lambda config: {}
+    """HF names that some checkpoints carry besides, and the tensor that each repeats: not read, but written again."""
     redundant: Callable[[HFConfig], Sequence[str]] = lambda config: ()
     """HF names (`{layer}` allowed) that some checkpoints carry and no parameter needs."""
 

@@ -198,9 +198,9 @@ def check_decoder(
     check_rope(config)
 
 
-def tied_output(config: HFConfig) -> list[str]:
+def tied_output(config: HFConfig) -> dict[str, str]:
     """Some tools write a tied model's output layer as a second copy of its embedding."""
-    return ["lm_head.weight"] if config.get("tie_word_embeddings") else []
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.get("tie_word_embeddings") else {}
 
 
 def _norm(*mcore: str, hf: str, size: int) -> Row:

@@ -192,3 +192,14 @@ def mtp_rows(config: HFConfig, layer: Sequence[Row], num_mtp: int) -> list[Row]:
         packed = row.packed and row.packed.replace("decoder.layers.{layer}.", ours + "transformer_layer.")
         rows.append(replace(row, mcore=tuple(inner), packed=packed))
     return [replace(row, layers=tuple(range(num_mtp)), hf_offset=offset, optional=True) for row in rows]
+
+
+def mtp_duplicates(config: HFConfig) -> dict[str, str]:
+    """Each MTP layer's own copies of embedding and head, which DeepSeek-V3's files carry."""
+    head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
+    first, number = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+    copies = {}
+    for layer in range(first, first + number):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies

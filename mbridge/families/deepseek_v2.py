@@ -77,4 +77,4 @@ def _fused(config: HFConfig) -> list[FusedExperts]:
     return fused_experts(_NAMES)
 
 
-FAMILY = Family(("deepseek_v2",), _rows, _megatron, _check, fused_experts=_fused, redundant=tied_output)
+FAMILY = Family(("deepseek_v2",), _rows, _megatron, _check, fused_experts=_fused, duplicates=tied_output)

@@ -20,6 +20,7 @@ from ._moe import (
     in_layers,
     layers_after,
     moe_megatron,
+    mtp_duplicates,
     mtp_rows,
     other_layers,
     sigmoid_router,
@@ -87,4 +88,8 @@ def _fused(config: HFConfig) -> list[FusedExperts]:
     return fused_experts(_NAMES)
 
 
-FAMILY = Family(("deepseek_v3", "kimi_k2"), _rows, _megatron, _check, fused_experts=_fused, redundant=tied_output)
+def _duplicates(config: HFConfig) -> dict[str, str]:
+    return {**tied_output(config), **mtp_duplicates(config)}
+
+
+FAMILY = Family(("deepseek_v3", "kimi_k2"), _rows, _megatron, _check, fused_experts=_fused, duplicates=_duplicates)

@@ -37,7 +37,7 @@ def _check(config: HFConfig, ignored: Sequence[str]) -> None:
 
 def _redundant(config: HFConfig) -> list[str]:
     # Checkpoints written by transformers before 4.32 carry the rope table of each layer.
-    return [*tied_output(config), "model.layers.{layer}.self_attn.rotary_emb.inv_freq"]
+    return ["model.layers.{layer}.self_attn.rotary_emb.inv_freq"]
 
 
-FAMILY = Family(("llama",), _rows, _megatron, _check, redundant=_redundant)
+FAMILY = Family(("llama",), _rows, _megatron, _check, duplicates=tied_output, redundant=_redundant)

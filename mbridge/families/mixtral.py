@@ -48,4 +48,4 @@ def _fused(config: HFConfig) -> list[FusedExperts]:
     return fused_experts(_NAMES, prefix="model.layers.{layer}.mlp.")
 
 
-FAMILY = Family(("mixtral",), _rows, _megatron, _check, fused_experts=_fused, redundant=tied_output)
+FAMILY = Family(("mixtral",), _rows, _megatron, _check, fused_experts=_fused, duplicates=tied_output)

@@ -86,4 +86,4 @@ def _fused(config: HFConfig) -> list[FusedExperts]:
     return fused_experts(_NAMES)
 
 
-FAMILY = Family(("qwen2_moe",), _rows, _megatron, _check, fused_experts=_fused, redundant=tied_output)
+FAMILY = Family(("qwen2_moe",), _rows, _megatron, _check, fused_experts=_fused, duplicates=tied_output)

@@ -39,4 +39,4 @@ def _check(config: HFConfig, ignored: Sequence[str]) -> None:
     check_decoder(config, ignored, mapped=("sliding_window", "max_window_layers"), fixed=fixed)
 
 
-FAMILY = Family(("qwen3",), _rows, _megatron, _check, redundant=tied_output)
+FAMILY = Family(("qwen3",), _rows, _megatron, _check, duplicates=tied_output)

@@ -68,4 +68,4 @@ def _fused(config: HFConfig) -> list[FusedExperts]:
     return fused_experts(_NAMES)
 
 
-FAMILY = Family(("qwen3_moe",), _rows, _megatron, _check, fused_experts=_fused, redundant=tied_output)
+FAMILY = Family(("qwen3_moe",), _rows, _megatron, _check, fused_experts=_fused, duplicates=tied_output)
