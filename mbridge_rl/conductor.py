@@ -1,0 +1,406 @@
+"""Rank 0's side of a syncer: carries out what the state machine of protocol.py decides.
+
+Owns the hub, the engine and the thread of the engine's calls. One loop (`_pump`) turns what happens (messages, deaths, engine
+calls that return, time) into events of the machine, and its actions into messages and calls. Rank 0 is a trainer too: its
+own Fill messages are carried out here, between two looks at the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .control import Hub, Lost, Received, host_id
+from .engines.base import Engine, InFlight
+from .errors import (
+    DeadlineError,
+    EngineError,
+    EngineGoneError,
+    EngineMismatchError,
+    Failure,
+    SyncError,
+    TrainerLostError,
+    raised,
+)
+from .protocol import (
+    Abort,
+    Action,
+    AnyMessage,
+    Attached,
+    Call,
+    Connected,
+    Done,
+    EngineCall,
+    EngineState,
+    Enter,
+    Failed,
+    Fill,
+    Filled,
+    Goodbye,
+    Hello,
+    Invitation,
+    Peer,
+    Phase,
+    Refit,
+    SetUp,
+    Stats,
+)
+
+ME = Peer("trainer", 0)
+ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
+DETACH_S = 5.0
+Arrived = Callable[[Peer, AnyMessage], None]
+_log = logging.getLogger(__name__)
+
+
+class Conductor:
+    """Connects trainers and engine workers, and conducts refits. Used by one thread."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        engine: Engine,
+        *,
+        num_trainers: int,
+        deadline_s: float,
+        in_flight: InFlight,
+        reset_prefix_cache: bool,
+    ) -> None:
+        self.engine = engine
+        self._hub, self._num_trainers, self._deadline_s = hub, num_trainers, deadline_s
+        self._in_flight, self._reset_prefix_cache = in_flight, reset_prefix_cache
+        self._num_workers = 0
+        self._is_attached = False
+        self._routes: dict[Peer, bytes] = {}
+        self._peers: dict[bytes, Peer] = {}
+        self._early: list[
+            tuple[Peer, AnyMessage]
+        ] = []  # of the next attempt: from a rank that gave up sooner than we did
+        self._calls = EngineThread(hub.wake)
+        self._broken: Failure | None = None  # why no later refit can succeed
+        self._copy_limit_gb_s: float | None = None
+
+    # --- connecting --------------------------------------------------------------------------------------------------
+
+    def connect(self, set_up: SetUp, copy_limit_gb_s: float | None) -> Connected:
+        """Have all trainers and the engine's workers connect, and tell the trainers. Raises SyncError."""
+        self._copy_limit_gb_s = copy_limit_gb_s
+        answer: Connected | Abort
+        try:
+            answer = self._attach_workers(set_up)
+        except SyncError as error:
+            answer = Abort(0, error.failure)
+        # Trainers are waited for even after a failure, so that all of them hear of it.
+        try:
+            self._wait_until(lambda: len(self._trainers) == self._num_trainers - 1, "every trainer rank to connect")
+        except SyncError as error:
+            answer = Abort(0, error.failure) if isinstance(answer, Connected) else answer
+        self._hub.hide_endpoint()
+        for peer in self._trainers:
+            self._hub.send(self._routes[peer], answer)
+        if isinstance(answer, Abort):
+            raise raised(answer.failure)
+        return answer
+
+    def _attach_workers(self, set_up: SetUp) -> Connected:
+        invitation = Invitation(self._hub.endpoint, self._hub.token, os.getpid(), host_id(), self._deadline_s)
+        self._num_workers = int(self._call(self.engine.num_workers, "the engine to answer"))
+        hellos: dict[Peer, Hello] = {}
+        unused: dict[Peer, list[str]] = {}
+
+        def arrived(peer: Peer, message: AnyMessage) -> None:
+            if isinstance(message, Hello) and peer.role == "worker":
+                hellos[peer] = message
+                self._hub.send(self._routes[peer], set_up)
+            elif isinstance(message, Attached):
+                self._is_attached = True
+                unused[peer] = message.unused
+
+        what = f"{self._num_workers} engine workers to attach"
+        self._call(lambda: self.engine.attach(invitation), what, arrived)
+        self._wait_until(lambda: len(unused) == self._num_workers, what, arrived, min(self._deadline_s, ATTACH_GRACE_S))
+        # A worker that holds a part of the layers has a place for their tensors only.
+        nowhere = set.intersection(*map(set, unused.values())) - set(set_up.optional_names)
+        if nowhere:
+            first = min(nowhere)
+            raise EngineMismatchError(
+                f"{self.engine.name} has no place for {len(nowhere)} of the trainer's {len(set_up.tensors)} tensors, such as "
+                f"{first}. Is it the same model?",
+                phase="connect",
+                tensor=first,
+            )
+        if any(hello.session_open for hello in hellos.values()):
+            self._call(self.engine.close_session, "the engine to close the session of a dead trainer")
+        is_stale = any(hello.is_stale for hello in hellos.values())
+        self.engine.state = EngineState.STALE if is_stale else EngineState.SERVING
+        return Connected(max(hello.version for hello in hellos.values()), self._num_workers)
+
+    def _call(self, call: Callable[[], Any], what: str, arrived: Arrived | None = None) -> Any:
+        """Make an engine call outside of a refit, and handle what comes meanwhile. Returns what the call returns."""
+        self._calls.start(call)
+        self._wait_until(lambda: not self._calls.is_busy, what, arrived)
+        returned = self._calls.take()
+        if returned.failure is not None:
+            raise raised(returned.failure)
+        return returned.value
+
+    def _wait_until(
+        self,
+        is_complete: Callable[[], bool],
+        what: str,
+        arrived: Arrived | None = None,
+        patience_s: float | None = None,
+    ) -> None:
+        """Handle what comes until `is_complete()`. Raises SyncError, at the latest after `patience_s` (`deadline_s`)."""
+        patience_s = self._deadline_s if patience_s is None else patience_s
+        end = time.monotonic() + patience_s
+        while not is_complete():
+            left = end - time.monotonic()
+            if left <= 0:
+                raise DeadlineError(f"waited {patience_s:g} s for {what}", origin="trainer rank 0", phase="connect")
+            for event in self._hub.wait(left):
+                match event:
+                    case Received(_, Failed(failure=failure)):
+                        raise raised(failure)
+                    case Received(route, message):
+                        if isinstance(message, Hello):
+                            self._register(route, message)
+                        if route in self._peers and arrived is not None:
+                            arrived(self._peers[route], message)
+                    case Lost(route):
+                        kind = EngineGoneError if self._peers[route].role == "worker" else TrainerLostError
+                        raise kind("died while connecting", origin=str(self._peers[route]), phase="connect")
+
+    def _register(self, route: bytes, hello: Hello) -> None:
+        peer = Peer(hello.role, hello.index)
+        if peer in self._routes or route in self._peers:
+            _log.warning("ignored a second Hello of %s", peer)
+            return
+        self._routes[peer], self._peers[route] = route, peer
+        if hello.host == host_id():
+            self._hub.watch(route, hello.pid)
+
+    @property
+    def _trainers(self) -> list[Peer]:
+        """The other trainer ranks that are connected."""
+        return [peer for peer in self._routes if peer.role == "trainer"]
+
+    # --- one refit ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        attempt: int,
+        version: int,
+        last_version: int,
+        num_buckets: int,
+        begin: Callable[[], None],
+        fill: Callable[[int], None],
+    ) -> Done:
+        """One refit as trainer rank 0: `begin` looks the sources up, `fill(k)` copies rank 0's part of bucket k."""
+        if self._broken is not None:
+            for peer in self._trainers:
+                self._hub.send(self._routes[peer], Abort(attempt, self._broken))
+            raise raised(self._broken)
+        refit = Refit(
+            attempt=attempt,
+            last_version=last_version,
+            state=self.engine.state,
+            num_trainers=self._num_trainers,
+            num_workers=self._num_workers,
+            num_buckets=num_buckets,
+            deadline_s=self._deadline_s,
+            now=time.monotonic(),
+        )
+        try:
+            self._pump(refit, version, begin, fill)
+        except BaseException as error:  # also Ctrl-C: nobody may be left waiting
+            failure = Failure(
+                "SyncError", f"trainer rank 0 left the refit: {type(error).__name__}: {error}", str(ME), refit.phase
+            )
+            self._carry_out(refit, refit.fail(failure, time.monotonic()), deque())
+            self._settle(refit)
+            raise
+        self._settle(refit)
+        if refit.failure is not None:
+            raise raised(refit.failure)
+        done = Done(attempt, refit.version, self._stats(refit))
+        for peer in self._trainers:
+            self._hub.send(self._routes[peer], done)
+        return done
+
+    def _pump(self, refit: Refit, version: int, begin: Callable[[], None], fill: Callable[[int], None]) -> None:
+        mine: deque[Fill] = deque()
+
+        def react(actions: list[Action]) -> None:
+            self._carry_out(refit, actions, mine)
+
+        react(self._entering(refit, version, begin))
+        early, self._early = self._early, []
+        for peer, message in early:
+            react(self._deliver(refit, peer, message))
+        while not refit.finished:
+            for event in self._hub.wait(0 if mine else refit.deadline - time.monotonic()):
+                now = time.monotonic()
+                match event:
+                    case Received(route, message) if route in self._peers:
+                        react(self._deliver(refit, self._peers[route], message))
+                    case Received(_, message):
+                        _log.warning("ignored %s from a stranger", type(message).__name__)
+                    case Lost(route):
+                        react(refit.lost(self._peers[route], "died", now))
+            if self._calls.is_returned:
+                react(refit.called(self._calls.take().failure, time.monotonic()))
+            react(refit.tick(time.monotonic()))
+            if mine and not refit.finished:
+                react(self._fill_one(refit, mine.popleft(), fill))
+
+    def _entering(self, refit: Refit, version: int, begin: Callable[[], None]) -> list[Action]:
+        try:
+            begin()
+        except SyncError as error:
+            return refit.fail(_mine(error, refit), time.monotonic())
+        return refit.receive(ME, Enter(refit.attempt, version), time.monotonic())
+
+    def _fill_one(self, refit: Refit, message: Fill, fill: Callable[[int], None]) -> list[Action]:
+        if refit.failure is not None:
+            return []
+        started = time.monotonic()
+        try:
+            fill(message.bucket)
+        except SyncError as error:
+            return refit.fail(_mine(error, refit), time.monotonic())
+        now = time.monotonic()
+        return refit.receive(ME, Filled(refit.attempt, message.bucket, now - started), now)
+
+    def _deliver(self, refit: Refit, peer: Peer, message: AnyMessage) -> list[Action]:
+        attempt = getattr(message, "attempt", refit.attempt)
+        if attempt > refit.attempt:
+            self._early.append((peer, message))
+        return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt else []
+
+    def _carry_out(self, refit: Refit, actions: list[Action], mine: deque[Fill]) -> None:
+        for action in actions:
+            if isinstance(action, Call):
+                self._calls.start(self._engine_call(action.call, refit))
+            elif action.peer != ME:
+                if not self._hub.send(self._routes[action.peer], action.message) and not isinstance(
+                    action.message, Abort
+                ):
+                    self._carry_out(
+                        refit, refit.lost(action.peer, "has no connection any more", time.monotonic()), mine
+                    )
+            elif isinstance(action.message, Fill):
+                mine.append(action.message)
+
+    def _engine_call(self, call: EngineCall, refit: Refit) -> Callable[[], None]:
+        engine = self.engine
+        match call:
+            case EngineCall.PAUSE:
+                return lambda: engine.pause(self._in_flight)
+            case EngineCall.UPDATE:
+                return lambda: engine.update(refit.attempt, refit.version)
+            case EngineCall.CLOSE:
+                return engine.close_session
+            case EngineCall.PUBLISH:
+                return lambda: engine.publish(refit.version, reset_prefix_cache=self._reset_prefix_cache)
+            case EngineCall.RESUME:
+                return engine.resume
+
+    def _settle(self, refit: Refit) -> None:
+        """What this refit leaves for the next."""
+        self.engine.state, self.engine.failure = refit.state, refit.failure
+        if refit.lost_peer is not None or refit.state is EngineState.GONE:
+            self._broken = refit.lost_peer or refit.failure
+
+    def _stats(self, refit: Refit) -> Stats:
+        order = [Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.COMMIT, Phase.RESUME, Phase.DONE]
+        times = [refit.started[phase] for phase in order]
+        return Stats(
+            engine=self.engine.name,
+            total_s=times[-1] - times[0],
+            phases={phase.value: b - a for phase, a, b in zip(order, times, times[1:], strict=False)},
+            fill_s=max(refit.fill_s),
+            load_s=max(refit.load_s, default=0.0),
+            engine_extra_bytes=refit.engine_extra_bytes,
+            num_trainers=self._num_trainers,
+            num_workers=self._num_workers,
+            copy_limit_gb_s=self._copy_limit_gb_s,
+        )
+
+    # --- leaving -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Say Goodbye to everyone and let the engine detach."""
+        for route in self._peers:
+            self._hub.send(route, Goodbye())
+        if self._is_attached and not self._calls.is_busy and self.engine.state is not EngineState.GONE:
+            self._calls.start(self.engine.detach)
+            self._calls.join(DETACH_S)
+        self._hub.close()
+
+
+class Returned(NamedTuple):
+    """How an engine call ended."""
+
+    value: Any = None
+    failure: Failure | None = None
+
+
+class EngineThread:
+    """Makes one blocking engine call at a time in a thread, so that the conductor can keep its deadlines meanwhile.
+
+    Threads are daemons: a call into a dead engine may never return, and must not keep the process alive.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._thread: threading.Thread | None = None
+        self._returned: Returned | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """A call has been made and has not returned."""
+        return self._thread is not None and self._returned is None
+
+    @property
+    def is_returned(self) -> bool:
+        """A call has returned and its result was not taken."""
+        return self._returned is not None
+
+    def start(self, call: Callable[[], Any]) -> None:
+        if self._thread is not None:
+            raise EngineError("the engine's previous call has not come back")
+        self._thread = threading.Thread(target=self._run, args=(call,), name="mbridge-engine-call", daemon=True)
+        self._thread.start()
+
+    def take(self) -> Returned:
+        """The result of the call that has returned; the next call can start."""
+        assert self._returned is not None
+        returned, self._returned, self._thread = self._returned, None, None
+        return returned
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self._returned = Returned(call())
+        except SyncError as error:
+            self._returned = Returned(failure=error.failure)
+        except Exception as error:  # noqa: BLE001  an engine of a third party; it becomes one typed error
+            _log.exception("an engine call failed")
+            self._returned = Returned(failure=Failure("EngineLoadError", f"{type(error).__name__}: {error}", "engine"))
+        self._wake()
+
+
+def _mine(error: SyncError, refit: Refit) -> Failure:
+    failure = error.failure
+    return Failure(
+        failure.kind, failure.message, failure.origin or str(ME), failure.phase or refit.phase, failure.tensor
+    )

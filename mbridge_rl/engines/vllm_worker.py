@@ -1,0 +1,199 @@
+"""The backend `mbridge` inside a vLLM worker process: vLLM's four weight-transfer calls, forwarded to a Receiver.
+
+Weights go through vLLM's own `load_weights` inside its layerwise reload, with exactly one initialize and one finalize around
+a refit: modules that vLLM post-processes are post-processed again, and kernel tensors keep their addresses. From vLLM 0.26
+on the base class leaves both to the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+from mbridge.pieces import TensorSpec
+
+from ..errors import EngineMismatchError
+from ..protocol import Invitation
+from ..receiver import Receiver, Target
+from ..recorder import DryRun, Loader, dry_run
+from ..transports.base import transport_class
+
+
+@dataclass
+class MBridgeInitInfo(WeightTransferInitInfo):
+    """Fields of `protocol.Invitation`, as JSON."""
+
+    invitation: dict[str, Any]
+
+
+@dataclass
+class MBridgeUpdateInfo(WeightTransferUpdateInfo):
+    """Which refit of the trainer's this is."""
+
+    attempt: int
+    version: int
+
+
+class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeUpdateInfo]):
+    """Built by vLLM in every worker with `(config, vllm_config, device, model)`."""
+
+    init_info_cls = MBridgeInitInfo
+    update_info_cls = MBridgeUpdateInfo
+    supports_draft_weight_update = False
+
+    _receiver: Receiver | None = None
+
+    @property
+    def receiver(self) -> Receiver:
+        """Made when first used: by then vLLM has finished the model."""
+        if self._receiver is None:
+            parallel = self.vllm_config.parallel_config
+            index = parallel.data_parallel_index * parallel.world_size + parallel.rank
+            target = VLLMTarget(self.model, self.vllm_config, self.device)
+            self._receiver = Receiver(target, index, lambda name, address: transport_class(name).open(address))
+        return self._receiver
+
+    def init_transfer_engine(self, init_info: MBridgeInitInfo) -> None:
+        self.receiver.attach(msgspec.convert(init_info.invitation, Invitation))
+
+    def start_weight_update(self) -> None:
+        self.receiver.open_session()
+
+    def receive_weights(self, update_info: MBridgeUpdateInfo) -> None:
+        with set_current_vllm_config(self.vllm_config):  # vLLM itself does so from 0.31 on
+            self.receiver.run(update_info.attempt, update_info.version)
+
+    def finish_weight_update(self) -> None:
+        self.receiver.close_session()
+
+    def shutdown(self) -> None:
+        if self._receiver is not None:
+            self._receiver.detach()
+
+    @staticmethod
+    def trainer_send_weights(*args: Any, **kwargs: Any) -> None:
+        """Abstract in vLLM 0.26; the trainer's side is `mbridge_rl.WeightSyncer`."""
+        raise NotImplementedError("use mbridge_rl.WeightSyncer in the trainer")
+
+
+class VLLMTarget(Target):
+    """One worker's vLLM model, loaded through vLLM's layerwise reload."""
+
+    def __init__(self, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> None:
+        self._model, self._vllm_config, self._device = model, vllm_config, device
+        self._load_weights = cast(Loader, model.load_weights)
+        self._model_config = vllm_config.model_config
+        self._modules = list(model.modules())
+        self._tied: list[torch.nn.Module] = []
+
+    def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+        aliases = _aliases(self._model)
+        with set_current_vllm_config(self._vllm_config), torch.no_grad():
+            initialize_layerwise_reload(self._model)
+            try:
+                # The loaders themselves, without reload's wrappers, which would process a layer when its tensors are there.
+                for module in self._model.modules():
+                    for tensor in (*module._parameters.values(), *module._buffers.values()):
+                        _unwrap_loader(tensor)
+                wanted = {name for name, _ in self._model.named_parameters()}
+                found = dry_run(self._load_weights, tensors)
+            finally:
+                self.abandon()
+        # As vLLM's own loader does: only unquantised models tell what they loaded in terms of their parameters.
+        if found.loaded is not None and self._model_config.quantization is None:
+            shared = {alias for name in found.loaded for alias in aliases.get(name, ())}
+            missing = sorted(wanted - found.loaded - shared)
+            if missing:
+                raise EngineMismatchError(
+                    f"the trainer has no tensor for {len(missing)} parameters of the engine: {', '.join(missing[:5])}. "
+                    "Is it the same model?",
+                    tensor=missing[0],
+                )
+        self._tied = [
+            module
+            for path, module in self._model.named_modules()
+            if any(
+                len(aliases.get(name, ())) > 1 and name not in (found.loaded or ()) for name in _own_names(path, module)
+            )
+        ]
+        return found
+
+    def begin(self) -> None:
+        initialize_layerwise_reload(self._model)
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        storages: set[int] = set()
+
+        def noted() -> Iterable[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                storages.add(tensor.untyped_storage().data_ptr())
+                yield name, tensor
+
+        loaded = self._load_weights(noted()) or set()
+        self._keep_pending(storages)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
+        return loaded
+
+    def finish(self) -> None:
+        for module in self._modules:
+            info = get_layerwise_info(module)
+            if info.can_load() and info.load_numel == 0:
+                info.load_numel_total = 0  # the receiver has checked that nothing is missing: no warning, please
+        finalize_layerwise_reload(self._model, self._model_config)
+        # A tied lm_head shares the embedding's memory but not what was made of it after loading (packed weights on CPU).
+        for module in self._tied:
+            quant_method = getattr(module, "quant_method", None)
+            if isinstance(quant_method, QuantizeMethodBase):
+                quant_method.process_weights_after_loading(module)
+
+    def abandon(self) -> None:
+        # Forget what reload has kept of incomplete layers; finalize then puts their live tensors back as they are.
+        for module in self._model.modules():
+            info = get_layerwise_info(module)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = info.load_numel_total = 0
+        finalize_layerwise_reload(self._model, self._model_config)
+
+    def _keep_pending(self, storages: set[int]) -> None:
+        """Reload keeps the tensors of a layer until the layer is complete: copy those that the next bucket overwrites."""
+        for module in self._modules:
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for key, value in call.arguments.items():
+                    if (
+                        isinstance(value, torch.Tensor)
+                        and not value.is_meta
+                        and value.untyped_storage().data_ptr() in storages
+                    ):
+                        call.arguments[key] = value.clone()
+
+
+def _unwrap_loader(tensor: torch.Tensor | None) -> None:
+    loader = getattr(tensor, "weight_loader", None)
+    while loader is not None and loader.__name__ == "online_process_loader":
+        loader = loader.__wrapped__
+        tensor.weight_loader = loader  # type: ignore[union-attr]
+
+
+def _own_names(path: str, module: torch.nn.Module) -> list[str]:
+    """Engine names of a module's own parameters."""
+    return [f"{path}.{name}" if path else name for name in module._parameters]
+
+
+def _aliases(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Engine name -> all names of the same live memory (tied embeddings)."""
+    by_address: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel():
+            by_address.setdefault(parameter.data_ptr(), []).append(name)
+    return {name: names for names in by_address.values() for name in names}

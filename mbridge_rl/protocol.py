@@ -1,0 +1,484 @@
+"""The messages of a refit, and the state machine with which trainer rank 0 conducts it. No sockets, no clock, no tensors.
+
+One refit, seen from rank 0 (peers are trainer ranks, itself included, and engine workers):
+
+    ENTER   every trainer sends Enter; versions must agree and grow
+    PAUSE   the engine pauses, while trainers already fill the first buckets
+    STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked
+    COMMIT  Commit to the workers; the engine publishes the version and resets its prefix cache
+    RESUME  the engine serves again; Done to the trainers
+    DONE
+
+Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written, so the
+engine resumes what it served; from STREAM on it is stale and stays paused. `Refit` takes events and returns actions:
+whoever drives it (syncer.py; a test) owns all I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+
+from .errors import Failure
+
+NUM_SLOTS_IN_FLIGHT = 2
+DRAIN_S = 10.0  # how long a failing refit waits for the engine's own calls to come back
+REPORT_S = 2.0  # how long after the engine's update call its workers' last messages may arrive
+
+
+class Invitation(msgspec.Struct, frozen=True):
+    """How an engine worker reaches trainer rank 0. Travels through the engine's own RPC as plain JSON."""
+
+    endpoint: str
+    token: str
+    pid: int
+    host: str
+    deadline_s: float
+
+
+# --- messages: peer -> rank 0 -----------------------------------------------------------------------------------------
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Root of the messages. `attempt` numbers the sync() calls of one syncer, so that late messages are recognised."""
+
+
+class Hello(Message, frozen=True):
+    """First message of a peer. A worker also says what it serves."""
+
+    role: str  # "trainer" | "worker"
+    index: int
+    pid: int
+    host: str
+    version: int = 0
+    is_stale: bool = False
+    session_open: bool = False  # a trainer died inside a refit and left the engine's update session open
+
+
+class Attached(Message, frozen=True):
+    """A worker mapped the slots and its model takes these tensors; `unused` are HF names that it has no place for."""
+
+    unused: list[str]
+
+
+class Enter(Message, frozen=True):
+    attempt: int
+    version: int
+
+
+class Filled(Message, frozen=True):
+    attempt: int
+    bucket: int
+    seconds: float
+
+
+class Loaded(Message, frozen=True):
+    attempt: int
+    bucket: int
+    seconds: float
+
+
+class Applied(Message, frozen=True):
+    """Everything is written and checked; the worker waits for Commit."""
+
+    attempt: int
+    seconds: float
+    extra_bytes: int  # most memory the worker held for this refit beside its model
+
+
+class Committed(Message, frozen=True):
+    """The worker got Commit and leaves the refit."""
+
+    attempt: int
+
+
+class Failed(Message, frozen=True):
+    attempt: int
+    failure: Failure
+
+
+class Goodbye(Message, frozen=True):
+    """The sender leaves for good. Both ways."""
+
+
+# --- messages: rank 0 -> peer -----------------------------------------------------------------------------------------
+
+
+class SetUp(Message, frozen=True):
+    """Answer to a worker's Hello: what will come and through which memory."""
+
+    tensors: list[tuple[str, tuple[int, ...], str]]  # name, shape, dtype
+    groups: list[tuple[int, ...]]
+    parts: list[tuple[int, int, int, int, int]]  # buckets.Part
+    bucket_bytes: int
+    num_buckets: int
+    optional_names: list[str]
+    transport: str
+    address: dict[str, str | int]
+
+
+class Connected(Message, frozen=True):
+    """Everyone is there; the engine serves `version`."""
+
+    version: int
+    num_workers: int
+
+
+class Fill(Message, frozen=True):
+    attempt: int
+    bucket: int
+
+
+class Load(Message, frozen=True):
+    attempt: int
+    bucket: int
+
+
+class Commit(Message, frozen=True):
+    attempt: int
+
+
+class Abort(Message, frozen=True):
+    attempt: int
+    failure: Failure
+
+
+class Stats(msgspec.Struct, frozen=True):
+    """What only rank 0 knows about a refit, in seconds and bytes."""
+
+    engine: str
+    total_s: float
+    phases: dict[str, float]
+    fill_s: float  # of the slowest trainer
+    load_s: float  # of the slowest worker
+    engine_extra_bytes: int
+    num_trainers: int
+    num_workers: int
+    copy_limit_gb_s: float | None
+
+
+class Done(Message, frozen=True):
+    attempt: int
+    version: int
+    stats: Stats
+
+
+AnyMessage = (
+    Hello
+    | Attached
+    | Enter
+    | Filled
+    | Loaded
+    | Applied
+    | Committed
+    | Failed
+    | Goodbye
+    | SetUp
+    | Connected
+    | Fill
+    | Load
+    | Commit
+    | Abort
+    | Done
+)
+
+
+# --- the state machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Peer:
+    """A trainer rank or an engine worker."""
+
+    role: str  # "trainer" | "worker"
+    index: int
+
+    def __str__(self) -> str:
+        return f"trainer rank {self.index}" if self.role == "trainer" else f"engine worker {self.index}"
+
+
+class Phase(enum.StrEnum):
+    ENTER = "enter"
+    PAUSE = "pause"
+    STREAM = "stream"
+    COMMIT = "commit"
+    RESUME = "resume"
+    FAILING = "failing"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class EngineState(enum.StrEnum):
+    SERVING = "serving"
+    UPDATING = "updating"
+    STALE = "stale"
+    GONE = "gone"
+
+
+class EngineCall(enum.StrEnum):
+    """The engine's own calls, made by rank 0 one at a time."""
+
+    PAUSE = "pause"
+    UPDATE = "update"  # returns when every worker has left the refit, whatever its outcome
+    CLOSE = "close_session"  # after UPDATE, always: so that no session stays open
+    PUBLISH = "publish"
+    RESUME = "resume"
+
+
+class Send(NamedTuple):
+    peer: Peer
+    message: AnyMessage
+
+
+class Call(NamedTuple):
+    call: EngineCall
+
+
+Action = Send | Call
+
+
+class Refit:
+    """One refit. Feed it events with the time in seconds; carry out the actions it returns; stop when `finished`."""
+
+    def __init__(
+        self,
+        *,
+        attempt: int,
+        last_version: int,
+        state: EngineState,
+        num_trainers: int,
+        num_workers: int,
+        num_buckets: int,
+        deadline_s: float,
+        now: float,
+    ) -> None:
+        self.attempt = attempt
+        self.last_version, self.version = last_version, last_version
+        self.state = state
+        self.phase = Phase.ENTER
+        self.failure: Failure | None = None
+        self.lost_peer: Failure | None = None  # also if this refit could do without it
+        self.started = {Phase.ENTER: now}
+        self.fill_s, self.load_s = [0.0] * num_trainers, [0.0] * num_workers
+        self.engine_extra_bytes = 0
+        self._num_buckets, self._deadline_s = num_buckets, deadline_s
+        self._trainers = [Peer("trainer", i) for i in range(num_trainers)]
+        self._workers = [Peer("worker", i) for i in range(num_workers)]
+        self._missing: set[Peer] = set(self._trainers)  # who has not sent Enter; then Applied; then Committed
+        self._versions: dict[int, int] = {}
+        self._filling: dict[int, set[Peer]] = {}
+        self._loading: dict[int, set[Peer]] = {}
+        self._engine_busy: EngineCall | None = None
+        self._resume_on_failure = False
+        self._session_open = False  # between UPDATE and CLOSE
+        self._update_returned = False
+        self._deadline = now + deadline_s
+
+    @property
+    def finished(self) -> bool:
+        return self.phase in (Phase.DONE, Phase.FAILED)
+
+    @property
+    def deadline(self) -> float:
+        """When `tick` will fail the refit, unless something happens before."""
+        return self._deadline
+
+    def receive(self, peer: Peer, message: AnyMessage, now: float) -> list[Action]:
+        """A message of this attempt arrived."""
+        if self.phase in (Phase.FAILING, Phase.DONE, Phase.FAILED):
+            return []
+        self._deadline = now + self._deadline_s
+        match message:
+            case Enter(version=version) if self.phase is Phase.ENTER and peer in self._missing:
+                return self._entered(peer, version, now)
+            case Filled(bucket=bucket) if peer in self._filling.get(bucket, ()):
+                self.fill_s[peer.index] += message.seconds
+                self._filling[bucket].discard(peer)
+                return list(self._load_if_ready(bucket))
+            case Loaded(bucket=bucket) if peer in self._loading.get(bucket, ()):
+                self.load_s[peer.index] += message.seconds
+                self._loading[bucket].discard(peer)
+                return self._fill(bucket + NUM_SLOTS_IN_FLIGHT) if not self._loading[bucket] else []
+            case Applied() if self.phase is Phase.STREAM and peer in self._missing:
+                return self._applied(peer, message, now)
+            case Committed() if self.phase is Phase.COMMIT and peer in self._missing:
+                self._missing.discard(peer)
+                return self._close_if_committed()
+            case Failed(failure=failure):
+                return self.fail(failure, now)
+            case Goodbye():
+                return self.lost(peer, "closed its WeightSyncer", now)
+            case _:
+                what = f"{peer} sent {type(message).__name__} in phase {self.phase}"
+                return self.fail(Failure("ProtocolError", what, str(peer), self.phase), now)
+
+    def called(self, failure: Failure | None, now: float) -> list[Action]:
+        """The engine's current call came back, with an error or without."""
+        call, self._engine_busy = self._engine_busy, None
+        self._deadline = now + self._deadline_s
+        if self.phase in (Phase.DONE, Phase.FAILED):
+            return []
+        if self.phase is Phase.FAILING:
+            return self._drain(now)
+        if failure is not None:
+            if failure.kind == "EngineGoneError":
+                self.state = EngineState.GONE
+            return self.fail(failure, now)
+        match call:
+            case EngineCall.PAUSE:
+                self._enter_phase(Phase.STREAM, now)
+                self.state, self._session_open = EngineState.UPDATING, True
+                self._missing = set(self._workers)
+                loads = [action for bucket in list(self._filling) for action in self._load_if_ready(bucket)]
+                return [self._call(EngineCall.UPDATE), *loads]
+            case EngineCall.UPDATE:
+                self._update_returned = True
+                self._deadline = now + min(self._deadline_s, REPORT_S)
+                return self._close_if_committed()
+            case EngineCall.CLOSE:
+                self._session_open = False
+                return [self._call(EngineCall.PUBLISH)]
+            case EngineCall.PUBLISH:
+                self._enter_phase(Phase.RESUME, now)
+                return [self._call(EngineCall.RESUME)]
+            case _:
+                self._enter_phase(Phase.DONE, now)
+                self.state = EngineState.SERVING
+                return []
+
+    def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
+        """A peer's process is gone."""
+        if peer.role == "worker":
+            self.state = EngineState.GONE
+            failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), self._blame)
+        else:
+            failure = Failure(
+                "TrainerLostError", f"{peer} {how}; build a new WeightSyncer on the survivors", str(peer), self._blame
+            )
+        self.lost_peer = self.lost_peer or failure
+        if self.phase is Phase.FAILING and peer.role == "worker":
+            return self._end(now)  # its calls will not come back
+        if peer.role == "trainer" and self.phase in (Phase.COMMIT, Phase.RESUME):
+            return []  # it has done its part: this refit commits, the next one fails
+        return self.fail(failure, now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time passed."""
+        if now < self._deadline or self.finished:
+            return []
+        if self.phase is Phase.FAILING:
+            if self._engine_busy is not None and self.state is not EngineState.GONE:
+                self.state = EngineState.GONE  # a call that never comes back: nobody can use this engine
+            return self._end(now)
+        message = f"nothing happened for {self._deadline_s:g} s while waiting for {self.waiting_for()}"
+        return self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now)
+
+    def waiting_for(self) -> str:
+        """What has to happen next, in words."""
+        if self.phase is Phase.ENTER:
+            return f"{_names(self._missing)} to call sync()"
+        waits = [f"{_names(peers)} to fill bucket {k}" for k, peers in sorted(self._filling.items()) if peers]
+        waits += [f"{_names(peers)} to load bucket {k}" for k, peers in sorted(self._loading.items()) if peers]
+        if self._engine_busy is not None and self._engine_busy is not EngineCall.UPDATE:
+            waits.append(f"the engine to {self._engine_busy}")
+        elif not waits:
+            waits.append(f"{_names(self._missing) or 'the engine'} to finish")
+        return ", ".join(waits)
+
+    @property
+    def _blame(self) -> str:
+        return str(self.phase)
+
+    def _entered(self, peer: Peer, version: int, now: float) -> list[Action]:
+        self._missing.discard(peer)
+        self._versions[peer.index] = version
+        if self._missing:
+            return []
+        if len(set(self._versions.values())) > 1:
+            text = ", ".join(f"rank {rank}: {v}" for rank, v in sorted(self._versions.items()))
+            failure = Failure(
+                "VersionError", f"trainer ranks called sync() with different versions ({text})", phase=self.phase
+            )
+            return self.fail(failure, now)
+        if version <= self.last_version:
+            message = f"version {version} does not grow: the engine already had version {self.last_version}"
+            return self.fail(Failure("VersionError", message, phase=self.phase), now)
+        self.version = version
+        self._enter_phase(Phase.PAUSE, now)
+        self._resume_on_failure = self.state is EngineState.SERVING
+        fills = [action for k in range(NUM_SLOTS_IN_FLIGHT) for action in self._fill(k)]
+        return [self._call(EngineCall.PAUSE), *fills]
+
+    def _fill(self, bucket: int) -> list[Action]:
+        if bucket >= self._num_buckets:
+            return []
+        self._filling[bucket] = set(self._trainers)
+        return [Send(peer, Fill(self.attempt, bucket)) for peer in self._trainers]
+
+    def _load_if_ready(self, bucket: int) -> Iterator[Action]:
+        if self._filling[bucket] or self.phase is not Phase.STREAM:
+            return
+        del self._filling[bucket]
+        self._loading[bucket] = set(self._workers)
+        for peer in self._workers:
+            yield Send(peer, Load(self.attempt, bucket))
+
+    def _applied(self, peer: Peer, message: Applied, now: float) -> list[Action]:
+        self._missing.discard(peer)
+        self.load_s[peer.index] += message.seconds
+        self.engine_extra_bytes = max(self.engine_extra_bytes, message.extra_bytes)
+        if self._missing:
+            return []
+        self._enter_phase(Phase.COMMIT, now)
+        self._missing = set(self._workers)
+        return [Send(worker, Commit(self.attempt)) for worker in self._workers]
+
+    def _close_if_committed(self) -> list[Action]:
+        is_committed = self.phase is Phase.COMMIT and not self._missing
+        return [self._call(EngineCall.CLOSE)] if is_committed and self._update_returned else []
+
+    def fail(self, failure: Failure, now: float) -> list[Action]:
+        """Fail, also for a reason from outside."""
+        if self.failure is not None or self.finished:
+            return []
+        self.failure = failure
+        if self.state is EngineState.UPDATING:
+            self.state = EngineState.STALE
+        self._enter_phase(Phase.FAILING, now)
+        self._deadline = now + min(self._deadline_s, DRAIN_S)
+        aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in (*self._trainers, *self._workers)]
+        return aborts + self._drain(now)
+
+    def _drain(self, now: float) -> list[Action]:
+        """Bring the engine's calls to an end: close the update session, or resume what was only paused."""
+        if self.state is EngineState.GONE:
+            return self._end(now)
+        if self._engine_busy is not None:
+            return []  # wait for it
+        if self._session_open:
+            self._session_open = False
+            return [self._call(EngineCall.CLOSE)]
+        if self._resume_on_failure and self.state is EngineState.SERVING:
+            self._resume_on_failure = False
+            return [self._call(EngineCall.RESUME)]
+        return self._end(now)
+
+    def _end(self, now: float) -> list[Action]:
+        self._enter_phase(Phase.FAILED, now)
+        return []
+
+    def _call(self, call: EngineCall) -> Call:
+        self._engine_busy = call
+        return Call(call)
+
+    def _enter_phase(self, phase: Phase, now: float) -> None:
+        self.phase = phase
+        self.started[phase] = now
+
+
+def _names(peers: set[Peer]) -> str:
+    return ", ".join(str(peer) for peer in sorted(peers))

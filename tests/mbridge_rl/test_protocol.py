@@ -1,0 +1,387 @@
+"""The state machine of a refit, driven by a simulated world: every order of events, every failure at every moment."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from mbridge_rl.errors import Failure, SyncError, TrainerLostError, raised
+from mbridge_rl.protocol import (
+    Abort,
+    Action,
+    AnyMessage,
+    Applied,
+    Call,
+    Commit,
+    Committed,
+    Done,
+    EngineCall,
+    EngineState,
+    Enter,
+    Failed,
+    Fill,
+    Filled,
+    Goodbye,
+    Hello,
+    Load,
+    Loaded,
+    Peer,
+    Phase,
+    Refit,
+    Send,
+    Stats,
+)
+
+BUCKETS, TRAINERS, WORKERS, DEADLINE_S = 4, 2, 2, 100.0
+
+
+class World:
+    """Peers and an engine that behave, with one event after the other in an order drawn from `seed`."""
+
+    def __init__(self, seed: int = 0, state: EngineState = EngineState.SERVING, versions: tuple[int, ...] = (8, 8)) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.refit = Refit(
+            attempt=1,
+            last_version=7,
+            state=state,
+            num_trainers=TRAINERS,
+            num_workers=WORKERS,
+            num_buckets=BUCKETS,
+            deadline_s=DEADLINE_S,
+            now=self.now,
+        )
+        self.events: list[Callable[[], list[Action]]] = []
+        self.calls: list[EngineCall] = []
+        self.log: list[Action] = []
+        self.is_calling = False
+        self.dead: set[Peer] = set()
+        self.queues: dict[Peer, list[AnyMessage]] = {}
+        self.loaded = dict.fromkeys((Peer("worker", i) for i in range(WORKERS)), 0)
+        self.left: set[Peer] = set()  # workers that are out of the refit
+        self.silent: set[object] = set()  # peers and calls that never answer
+        for rank in range(TRAINERS):
+            self.post(Peer("trainer", rank), Enter(1, versions[rank]))
+
+    def step(self) -> bool:
+        """One event; False if nothing is under way."""
+        if not self.events:
+            return False
+        self.now += 0.1
+        self.react(self.events.pop(self.random.randrange(len(self.events)))())
+        return True
+
+    def react(self, actions: list[Action]) -> None:
+        for action in actions:
+            self.log.append(action)
+            if isinstance(action, Call):
+                assert not self.is_calling, "two engine calls at once"
+                self.is_calling = True
+                self.calls.append(action.call)
+                if action.call is EngineCall.UPDATE:
+                    self.left.clear()
+                elif action.call not in self.silent:
+                    self.events.append(self.returned)
+            elif action.peer not in self.dead | self.silent:
+                self.answer(action.peer, action.message)
+
+    def returned(self, failure: Failure | None = None) -> list[Action]:
+        self.is_calling = False
+        return self.refit.called(failure, self.now)
+
+    def answer(self, peer: Peer, message: AnyMessage) -> None:
+        match message:
+            case Fill(bucket=bucket):
+                self.post(peer, Filled(1, bucket, 0.5))
+            case Load(bucket=bucket):
+                assert bucket == self.loaded[peer], "buckets come in order"
+                self.loaded[peer] += 1
+                self.post(peer, Loaded(1, bucket, 0.25))
+                if self.loaded[peer] == BUCKETS:
+                    self.post(peer, Applied(1, 0.1, 5))
+            case Commit():
+                self.post(peer, Committed(1))
+                self.leave(peer)
+            case Abort() if peer.role == "worker" and EngineCall.UPDATE in self.calls:
+                self.leave(peer)
+
+    def post(self, peer: Peer, message: AnyMessage) -> None:
+        """One peer's messages do not overtake each other."""
+        queue = self.queues.setdefault(peer, [])
+        queue.append(message)
+        self.events.append(lambda: [] if peer in self.dead else self.refit.receive(peer, queue.pop(0), self.now))
+
+    def leave(self, peer: Peer) -> None:
+        if peer in self.left:
+            return
+        self.left.add(peer)
+        if len(self.left) == WORKERS and EngineCall.UPDATE not in self.silent:
+            self.events.append(self.returned)
+
+    def run(self) -> None:
+        """Until the refit is over: events, and when there are none, time."""
+        for _ in range(1000):
+            if self.refit.finished:
+                return
+            if not self.step():
+                self.now = max(self.now, self.refit.deadline)
+                self.react(self.refit.tick(self.now))
+        raise AssertionError(f"the refit never ends; it waits for {self.refit.waiting_for()}")
+
+    def num_steps(self) -> int:
+        count = 0
+        while not self.refit.finished and self.step():
+            count += 1
+        return count
+
+    def sent(self, kind: type) -> list[Peer]:
+        return [a.peer for a in self.log if isinstance(a, Send) and isinstance(a.message, kind)]
+
+
+ALL = sorted([*(Peer("trainer", i) for i in range(TRAINERS)), *(Peer("worker", i) for i in range(WORKERS))])
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_success_in_any_order(seed: int) -> None:
+    world = World(seed)
+    world.run()
+    refit = world.refit
+    assert (refit.phase, refit.state, refit.version, refit.failure) == (Phase.DONE, EngineState.SERVING, 8, None)
+    assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE, EngineCall.PUBLISH, EngineCall.RESUME]
+    assert sorted(world.sent(Fill)) == sorted(ALL[:TRAINERS] * BUCKETS)
+    assert sorted(world.sent(Load)) == sorted(ALL[TRAINERS:] * BUCKETS)
+    assert refit.fill_s == [0.5 * BUCKETS] * TRAINERS
+    assert refit.load_s == pytest.approx([0.25 * BUCKETS + 0.1] * WORKERS)
+    assert refit.engine_extra_bytes == 5
+    phases = [Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.COMMIT, Phase.RESUME, Phase.DONE]
+    times = [refit.started[phase] for phase in phases]
+    assert times == sorted(times)
+
+
+def test_a_slot_is_filled_again_only_after_everyone_has_loaded_it() -> None:
+    for seed in range(50):
+        world = World(seed)
+        loaded: dict[int, set[Peer]] = {}
+        original = world.refit.receive
+
+        def receive(peer: Peer, message: AnyMessage, now: float, loaded=loaded, original=original) -> list[Action]:  # type: ignore[no-untyped-def]
+            if isinstance(message, Loaded):
+                loaded.setdefault(message.bucket, set()).add(peer)
+            actions = original(peer, message, now)
+            for action in actions:
+                if isinstance(action, Send) and isinstance(action.message, Fill) and action.message.bucket >= 2:
+                    assert len(loaded[action.message.bucket - 2]) == WORKERS
+            return actions
+
+        world.refit.receive = receive  # type: ignore[method-assign]
+        world.run()
+        assert world.refit.phase is Phase.DONE
+
+
+def lost(peer: Peer) -> Callable[[World], list[Action]]:
+    def inject(world: World) -> list[Action]:
+        world.dead.add(peer)
+        return world.refit.lost(peer, "died", world.now)
+
+    return inject
+
+
+def failed(peer: Peer) -> Callable[[World], list[Action]]:
+    failure = Failure("EngineLoadError", "bad", str(peer), "stream", "x")
+    return lambda world: world.refit.receive(peer, Failed(1, failure), world.now)
+
+
+def left(peer: Peer) -> Callable[[World], list[Action]]:
+    return lambda world: world.refit.receive(peer, Goodbye(), world.now)
+
+
+def interrupted(world: World) -> list[Action]:
+    return world.refit.fail(Failure("SyncError", "Ctrl-C"), world.now)
+
+
+def nonsense(peer: Peer) -> Callable[[World], list[Action]]:
+    return lambda world: world.refit.receive(peer, Filled(1, 99, 0.0), world.now)
+
+
+def stalled(peer: Peer) -> Callable[[World], list[Action]]:
+    def inject(world: World) -> list[Action]:
+        world.silent.add(peer)
+        return []
+
+    return inject
+
+
+TRAINER, WORKER = Peer("trainer", 1), Peer("worker", 1)
+INJECTIONS = {
+    "a trainer dies": lost(TRAINER),
+    "a worker dies": lost(WORKER),
+    "a trainer fails": failed(TRAINER),
+    "a worker fails": failed(WORKER),
+    "a trainer leaves": left(TRAINER),
+    "rank 0 is interrupted": interrupted,
+    "a peer talks nonsense": nonsense(TRAINER),
+    "a trainer stalls": stalled(TRAINER),
+    "a worker stalls": stalled(WORKER),
+}
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_failure_at_any_moment_ends_the_refit_cleanly(injection: str, seed: int) -> None:
+    for moment in range(World(seed).num_steps()):
+        world = World(seed)
+        for _ in range(moment):
+            world.step()
+        before = world.refit.phase
+        world.react(INJECTIONS[injection](world))
+        world.run()
+        refit = world.refit
+        where = f"{injection} at step {moment} in {before}"
+        if refit.phase is Phase.DONE:  # it was too late to matter
+            assert refit.state is EngineState.SERVING
+            assert before in (Phase.COMMIT, Phase.RESUME) or "stalls" in injection, where
+            assert not world.sent(Abort)
+            continue
+        assert refit.failure is not None, where
+        assert sorted(world.sent(Abort)) == ALL, where  # everyone is told, once
+        assert refit.phase is Phase.FAILED
+        if refit.state is EngineState.SERVING:
+            assert EngineCall.UPDATE not in world.calls, where
+            assert world.calls.count(EngineCall.RESUME) == world.calls.count(EngineCall.PAUSE), where
+        elif refit.state is EngineState.STALE:
+            assert EngineCall.UPDATE in world.calls, where
+            assert EngineCall.CLOSE in world.calls, where  # no session stays open
+            resumed_last = world.calls[-1] is EngineCall.RESUME
+            assert not resumed_last or before in (Phase.RESUME, Phase.COMMIT), where  # else it stays paused
+        else:
+            assert refit.state is EngineState.GONE, where
+            assert "worker" in injection, where
+        if "dies" in injection or "leaves" in injection:
+            assert refit.lost_peer is not None, where
+
+
+@pytest.mark.parametrize("call", list(EngineCall))
+def test_an_engine_call_that_never_returns(call: EngineCall) -> None:
+    world = World()
+    world.silent.add(call)
+    world.run()
+    assert world.refit.phase is Phase.FAILED
+    assert world.refit.state is EngineState.GONE
+    assert world.refit.failure is not None
+    assert world.refit.failure.kind == "DeadlineError"
+
+
+@pytest.mark.parametrize("call", list(EngineCall))
+def test_an_engine_call_that_raises(call: EngineCall) -> None:
+    world = World()
+    world.silent.add(call)
+    while world.calls[-1:] != [call]:
+        assert world.step()
+    world.react(world.returned(Failure("EngineLoadError", "moody")))
+    world.silent.discard(call)
+    world.run()
+    assert world.refit.phase is Phase.FAILED
+    assert world.refit.failure == Failure("EngineLoadError", "moody")
+    if call is EngineCall.PAUSE:
+        assert world.refit.state is EngineState.SERVING
+        assert world.calls == [EngineCall.PAUSE, EngineCall.RESUME]
+    else:
+        assert world.refit.state is EngineState.STALE
+        assert EngineCall.CLOSE in world.calls
+
+
+def test_an_update_that_returns_before_its_workers_have_reported() -> None:
+    """vLLM's RPC and the control channel are two ways: the RPC may come back first, and then the reason is waited for."""
+    world = World()
+    while EngineCall.UPDATE not in world.calls:
+        world.step()
+    world.react(world.returned())
+    assert world.refit.failure is None
+    world.react(failed(WORKER)(world))
+    assert world.refit.failure is not None
+    assert world.refit.failure.tensor == "x"
+
+
+def test_an_engine_that_reports_its_own_death() -> None:
+    world = World()
+    while EngineCall.UPDATE not in world.calls:
+        world.step()
+    world.react(world.returned(Failure("EngineGoneError", "dead")))
+    assert world.refit.finished
+    assert world.refit.state is EngineState.GONE
+
+
+@pytest.mark.parametrize(
+    ("versions", "text"), [((7, 7), "already had version 7"), ((8, 9), "rank 0: 8, rank 1: 9"), ((0, 0), "does not grow")]
+)
+@pytest.mark.parametrize("state", [EngineState.SERVING, EngineState.STALE])
+def test_versions(versions: tuple[int, int], text: str, state: EngineState) -> None:
+    world = World(versions=versions, state=state)
+    world.run()
+    assert world.refit.failure is not None
+    assert text in world.refit.failure.message
+    assert (world.refit.state, world.calls, world.refit.version) == (state, [], 7)
+
+
+def test_a_stale_engine_is_not_resumed_by_a_refit_that_fails_early() -> None:
+    world = World(state=EngineState.STALE)
+    while EngineCall.PAUSE not in world.calls:
+        world.step()
+    world.react(failed(TRAINER)(world))
+    world.run()
+    assert (world.refit.state, world.calls) == (EngineState.STALE, [EngineCall.PAUSE])
+
+
+def test_deadline_names_who_is_missing() -> None:
+    world = World()
+    world.silent.add(TRAINER)
+    world.run()
+    assert world.refit.failure is not None
+    assert "trainer rank 1 to fill bucket 0, trainer rank 1 to fill bucket 1" in world.refit.failure.message
+    alone = World()
+    alone.events.pop()
+    alone.run()
+    assert alone.refit.failure is not None
+    assert "trainer rank 1 to call sync()" in alone.refit.failure.message
+
+
+def test_progress_moves_the_deadline() -> None:
+    world = World()
+    first = world.refit.deadline
+    world.step()
+    assert world.refit.deadline > first
+    assert world.refit.tick(world.refit.deadline - 0.01) == []
+
+
+def test_no_buckets() -> None:
+    refit = Refit(
+        attempt=1,
+        last_version=0,
+        state=EngineState.SERVING,
+        num_trainers=1,
+        num_workers=1,
+        num_buckets=0,
+        deadline_s=1,
+        now=0,
+    )
+    assert refit.receive(Peer("trainer", 0), Enter(1, 1), 0) == [Call(EngineCall.PAUSE)]
+    assert refit.called(None, 0) == [Call(EngineCall.UPDATE)]
+    assert refit.receive(Peer("worker", 0), Applied(1, 0.0, 0), 0) == [Send(Peer("worker", 0), Commit(1))]
+
+
+def test_messages_survive_the_wire() -> None:
+    stats = Stats("e", 1.0, {"enter": 0.5}, 0.1, 0.2, 3, 4, 5, None)
+    messages: list[AnyMessage] = [Done(1, 2, stats), Failed(1, Failure("A", "b")), Hello("worker", 1, 2, "h")]
+    for message in messages:
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=AnyMessage) == message
+
+
+def test_errors_cross_as_failures() -> None:
+    error = TrainerLostError("gone", origin="trainer rank 1", phase="stream", tensor="w")
+    again = raised(error.failure)
+    assert type(again) is TrainerLostError
+    assert str(again) == str(error) == "gone [trainer rank 1, phase stream, tensor w]"
+    assert type(raised(Failure("NeverHeard", "x"))) is SyncError

