@@ -22,6 +22,7 @@ from .errors import (
     UnsupportedConfigError,
     UnsupportedModelError,
 )
+from .families import ValueHead
 from .megatron import destroy_parallel, init_parallel
 from .topology import Topology
 
@@ -38,6 +39,7 @@ __all__ = [
     "TopologyError",
     "UnsupportedConfigError",
     "UnsupportedModelError",
+    "ValueHead",
     "destroy_parallel",
     "init_parallel",
 ]

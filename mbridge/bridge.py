@@ -17,10 +17,10 @@ from torch import nn
 
 from .checkpoint import Checkpoint, fill_padding, holds_weights, names_in
 from .errors import CheckpointError, ModelError, listed
-from .export import RankLayout, StageExport, save
-from .families import Family, MegatronConfig, all_families, find_family
-from .gather import BUCKET_BYTES, Bucket, on_all, world_group
-from .hf_config import as_dict, normalise, read_hf_config
+from .export import RankLayout, StageExport, collective, save
+from .families import LM_HEAD, Family, MegatronConfig, ValueHead, all_families, find_family, with_value_head
+from .gather import BUCKET_BYTES, Bucket, exchange, on_all, world_group
+from .hf_config import as_classifier, as_dict, normalise, read_hf_config
 from .megatron import LocalTensor, build_chunks, ensure_parallel_state, read_groups, read_topology, walk
 from .megatron.build import Spec
 from .pieces import TensorSpec
@@ -47,6 +47,7 @@ class AutoBridge:
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
         num_mtp_layers: int | None = None,
+        value_head: int | ValueHead | None = None,
     ) -> Bridge:
         """The bridge of a checkpoint.
 
@@ -58,6 +59,8 @@ class AutoBridge:
             ignore_config_fields: config fields that you vouch for; any other unknown field is refused.
             num_mtp_layers: multi-token-prediction layers to build; by default those that the checkpoint holds weights
                 of, and without a checkpoint those that the config claims (transformers 5 writes 1 for all DeepSeek-V3).
+            value_head: the models have a linear layer of so many rows (and no bias) instead of the output layer. Only
+                for models from elsewhere: what a callback of `get_model` puts there is found by itself.
 
         Raises ConfigError for a config that Megatron-Core or the family cannot express, naming its fields.
         """
@@ -70,6 +73,7 @@ class AutoBridge:
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             ignore_config_fields=ignore_config_fields,
             num_mtp_layers=num_mtp_layers,
+            value_head=value_head,
         )
 
     @classmethod
@@ -81,6 +85,7 @@ class AutoBridge:
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
         num_mtp_layers: int | None = None,
+        value_head: int | ValueHead | None = None,
     ) -> Bridge:
         """The bridge of a transformers config object, or of the dict of a config.json. See `from_pretrained`."""
         return Bridge(
@@ -90,6 +95,7 @@ class AutoBridge:
             make_vocab_size_divisible_by=make_vocab_size_divisible_by,
             ignore_config_fields=ignore_config_fields,
             num_mtp_layers=num_mtp_layers,
+            value_head=value_head,
         )
 
     @classmethod
@@ -116,12 +122,16 @@ class Bridge:
         make_vocab_size_divisible_by: int | None = None,
         ignore_config_fields: Sequence[str] = (),
         num_mtp_layers: int | None = None,
+        value_head: int | ValueHead | None = None,
     ) -> None:
         self.path = path
         self.dtype = dtype
         self.raw_config = dict(raw_config)
         self.models: list[nn.Module] = []
         """What `get_model` built last."""
+        self._given_head = ValueHead(value_head) if isinstance(value_head, int) else value_head
+        self.head = self._given_head
+        """The layer that the models have instead of the output layer, if any."""
         self._hf_config = hf_config
         self._trust_remote_code = trust_remote_code
         self._vocab_divisor = make_vocab_size_divisible_by or 1
@@ -194,6 +204,9 @@ class Bridge:
             weight_path: load these weights too; without it the weights are random.
             fp16, bf16: wrap in Float16Module; follow the bridge's `dtype` when not given.
             spec: "te" (TransformerEngine layers), "local" (Megatron-Core's own), or "auto".
+            post_model_creation_callbacks: called on each chunk before it is moved and wrapped (megatron/build.py). If
+                one puts a linear layer of few rows in the place of the output layer, that is a value head: it is
+                loaded from and exported as `score`, see `head`.
             extra_provider_args: arguments of GPTModel that win over those of the family.
         """
         ensure_parallel_state()
@@ -212,27 +225,54 @@ class Bridge:
             post_model_creation_callbacks=post_model_creation_callbacks,
             extra_transformer=self._extra_args,
             extra_gpt=extra_provider_args or {},
-            hf_config=self._hf_config if self._hf_config is not None else self.raw_config,
+            # Only callbacks see it, and they expect what transformers makes of the config.
+            hf_config=self.hf_config if post_model_creation_callbacks else self.raw_config,
         )
+        self.head = self._find_head(self.models)
         if weight_path is not None:
             self.load_weights(self.models, weight_path)
         return self.models
+
+    def _find_head(self, models: Models) -> ValueHead | None:
+        """The value head that a callback put on the last stage, on every rank. Collective."""
+        found: ValueHead | None = None
+        outside = {local.name: local.tensor for local in walk(models) if local.global_layer is None}
+        weight, tp = outside.get("output_layer.weight"), read_topology()[0].tp
+        if weight is not None and weight.dim() == 2 and weight.shape[0] * tp < self._normal["vocab_size"]:
+            dtype = None if weight.dtype is self.dtype else weight.dtype
+            found = ValueHead(weight.shape[0], "output_layer.bias" in outside, dtype)
+        heads = {head for head in exchange(found, collective(read_groups().pp)) if head is not None}
+        if len(heads) > 1 or (self._given_head is not None and heads != {self._given_head}):
+            raise ModelError(f"expected {self._given_head or 'one value head'}; the callbacks made {heads or 'none'}")
+        for head in heads:
+            logger.info("the output layer is %s: it is exported as score, and %s is not read", head, LM_HEAD)
+        return next(iter(heads), None)
 
     def load_weights(self, models: Models, weights_path: str | Path, memory_efficient: bool = False) -> int:
         """Load a checkpoint into the chunks. Returns the bytes this rank read. No collectives.
 
         Each rank reads only what it stores, slice by slice, so memory is one slice a thread whether `memory_efficient`
         is set or not. Every header is checked before the first element is written: on CheckpointError (which lists each
-        missing, extra, mis-shaped or non-float tensor) or ModelError the model is as it was.
+        missing, extra, mis-shaped or non-float tensor) or ModelError the model is as it was. A value head that the
+        files do not have keeps its values, which is logged.
         """
         layout = self._layout(models)
         layout.check_complete()
         checkpoint = Checkpoint.open(_find_folder(weights_path))
         spelling = self._spelling(layout.table, checkpoint)
         expected = [spec for group in spelling.groups(layout.table.groups()) for spec in group]
-        checkpoint.check(expected, self._family.redundant(self._normal))
+        pieces = spelling.pieces(layout.stored.pieces, with_copies=False)
+        redundant = list(self._family.redundant(self._normal))
+        if self.head is not None:
+            redundant += self._output_layer_names()
+            names = {name for row in layout.table.rows if row.mcore[0].startswith("output_layer.") for name in row.hf}
+            if names.isdisjoint(checkpoint.specs):
+                logger.warning("%s has no %s: the value head keeps its values", checkpoint.folder, sorted(names))
+                expected = [spec for spec in expected if spec.name not in names]
+                pieces = [piece for piece in pieces if piece.hf_name not in names]
+        checkpoint.check(expected, redundant)
         tensors = self.local_tensors(models)
-        num_bytes = checkpoint.read_into(tensors, spelling.pieces(layout.stored.pieces, with_copies=False))
+        num_bytes = checkpoint.read_into(tensors, pieces)
         fill_padding(tensors, layout.stored.padding)
         return num_bytes
 
@@ -280,18 +320,26 @@ class Bridge:
         config = self.raw_config
         if original is not None and original.scaled:
             logger.warning("%d tensors of %s are fp8; they are saved in bfloat16", len(original.scaled), self.path)
-            config = {name: value for name, value in config.items() if name != "quantization_config"}
+        config = {name: value for name, value in config.items() if name != "quantization_config"}
+        if self.head is not None:
+            config = as_classifier(config, self.head.size, bias=self.head.bias)
         folder = Path(weights_path)
         save(export, folder, by_stage=distributed_filesystem, original=original, config=config, source=self.path)
 
     def hf_tensors(self) -> list[TensorSpec]:
         """Names, shapes and dtypes of the HF tensors that the config describes, in layer order. Needs no model."""
-        return self._table().tensors()
+        table = self._table()
+        return [spec for group in self._spelling(table, None).groups(table.groups()) for spec in group]
 
     def plan(self, models: Models) -> TrainerPlan:
         """What this rank stores and sends, for mbridge_rl. No collectives."""
         layout = self._layout(models)
-        return TrainerPlan.of(layout.table, layout.topology, layout.at, layout.stored)
+        spelling, stored = self._spelling(layout.table, None), layout.stored
+        pieces, owned = (tuple(spelling.pieces(p, with_copies=False)) for p in (stored.pieces, stored.owned))
+        groups = spelling.groups(layout.table.groups())
+        return TrainerPlan.of(
+            layout.table, layout.topology, layout.at, stored._replace(pieces=pieces, owned=owned), groups
+        )
 
     def local_tensors(self, models: Models) -> dict[str, torch.Tensor]:
         """This rank's live parameters and buffers by the local names that pieces use, looked up afresh at each call."""
@@ -314,17 +362,29 @@ class Bridge:
         return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
 
     def _spelling(self, table: Table, checkpoint: Checkpoint | None) -> Spelling:
-        """How `checkpoint` names and lays out the table's tensors; without one, as the table does."""
+        """How `checkpoint` names and lays out the table's tensors; without one, as engines do."""
         found = {} if checkpoint is None else checkpoint.specs
         family, config = self._family, self._normal
-        return Spelling.of(table, family.fused_experts(config), family.duplicates(config), found)
+        duplicates = dict(family.duplicates(config))
+        if self.head is not None:
+            for name in self._output_layer_names():
+                duplicates.pop(name, None)
+        return Spelling.of(table, family.fused_experts(config), duplicates, found)
+
+    def _output_layer_names(self) -> list[str]:
+        """HF names that files may have of the output layer that a value head replaces."""
+        duplicates = self._family.duplicates(self._normal)
+        return [LM_HEAD, *(name for name, original in duplicates.items() if original == LM_HEAD)]
 
     def _original(self) -> Checkpoint | None:
         """The checkpoint that the bridge was made from, if it holds weights."""
         return Checkpoint.open(self.path) if self.path is not None and holds_weights(self.path) else None
 
     def _table(self) -> Table:
-        return Table(self._family.rows(self._normal), self._normal["num_hidden_layers"], self.dtype)
+        rows = self._family.rows(self._normal)
+        if self.head is not None:
+            rows = with_value_head(rows, self.head, self._normal["hidden_size"])
+        return Table(rows, self._normal["num_hidden_layers"], self.dtype)
 
     def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
         layout = on_all(lambda: self._layout(models), world_group())

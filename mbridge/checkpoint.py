@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from .errors import CheckpointError, listed
 from .fp8 import BLOCK, SCALE_SUFFIX, dequantise, scale_box, scale_shape
-from .pieces import Piece, Region, TensorSpec
+from .pieces import Box, Piece, Region, TensorSpec
 
 logger = logging.getLogger("mbridge")
 
@@ -97,6 +97,13 @@ class Checkpoint:
         `redundant` are names (with `{layer}`) that may be there and are left unread, which is logged.
         """
         wanted = {spec.name: spec for spec in expected}
+        packed = [name for name in wanted if {name + "_blocks", name + "_scales"} <= self.specs.keys()]
+        if packed:
+            raise CheckpointError(
+                f"{self.folder}: {len(packed)} tensors are in MXFP4, which is not read, such as {packed[0]}_blocks. "
+                "Write the checkpoint in bf16 first, for example with transformers: "
+                "from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(...)"
+            )
         patterns = [re.compile(re.escape(name).replace(r"\{layer\}", r"\d+")) for name in redundant]
         extra = [name for name in self.specs if name not in wanted]
         unread = [name for name in extra if any(pattern.fullmatch(name) for pattern in patterns)]
@@ -127,21 +134,27 @@ class Checkpoint:
 
     def _read_file(self, file: str, pieces: Sequence[Piece], tensors: Mapping[str, torch.Tensor]) -> int:
         num_bytes = 0
+        held: tuple[str, Box] | None = None  # what `values` are
+        values = torch.empty(0)
         with _open(self.folder / file) as handle, torch.no_grad():
             for piece in pieces:
-                view = handle.get_slice(piece.hf_name)
-                values = view[piece.box.slices] if piece.box.start else handle.get_tensor(piece.hf_name)
-                if piece.hf_name in self.scaled:
-                    values = dequantise(values, self._read_scales(piece), piece.box)
-                piece.region.of(tensors[piece.local_name]).copy_(values)
-                num_bytes += values.nbytes
+                name, box = piece.hf_name, piece.box
+                if len(box.start) > len(self.specs[name].shape):
+                    box = box.folded()  # holds gate and up: both are taken from one read
+                if held != (name, box):
+                    values = handle.get_slice(name)[box.slices] if box.start else handle.get_tensor(name)
+                    if name in self.scaled:
+                        values = dequantise(values, self._read_scales(name, box), box)
+                    num_bytes += values.nbytes
+                    held = (name, box)
+                piece.region.of(tensors[piece.local_name]).copy_(piece.box.of(values, box.start))
         return num_bytes
 
-    def _read_scales(self, piece: Piece) -> torch.Tensor:
-        """The block scales of a piece; they may lie in another file than the weight."""
-        name = piece.hf_name + SCALE_SUFFIX
+    def _read_scales(self, weight: str, box: Box) -> torch.Tensor:
+        """The block scales of a box of a weight; they may lie in another file than the weight."""
+        name = weight + SCALE_SUFFIX
         with _open(self.folder / self.files[name]) as handle:
-            scales: torch.Tensor = handle.get_slice(name)[scale_box(piece.box).slices]
+            scales: torch.Tensor = handle.get_slice(name)[scale_box(box).slices]
         return scales
 
 
@@ -376,7 +389,7 @@ def _stage_passengers(folder: Path, config: Mapping[str, Any], source: Path | No
     if source is None or source.resolve() == folder.resolve():
         return
     for pattern in _PASSENGERS:
-        for path in source.glob(pattern):
+        for path in filter(Path.is_file, source.glob(pattern)):
             partial = partial_path(folder, path.name, save_id)
             shutil.copyfile(path, partial)
             _settle(partial)

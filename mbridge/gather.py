@@ -146,7 +146,7 @@ def gather_buckets(
             bucket = plan.bucket(flats[k % 2] if flats is not None else allocate(plan.num_bytes))
             views = dict(bucket.tensors)
             for (_, piece, _), source in zip(plan.packed, sources, strict=True):
-                views[piece.hf_name][piece.box.slices].copy_(source)
+                piece.box.of(views[piece.hf_name]).copy_(source)
             yield bucket
 
 
@@ -168,7 +168,7 @@ class _Gathering:
         self._to_all = to_all
         self._receives = to_all or self._rank == 0
         if self._size > 1:
-            self._send = [allocate(packed_bytes) for _ in range(2)]
+            self._send = allocate(packed_bytes)  # one: bucket k has arrived when k + 1 is packed
             self._received = [allocate(packed_bytes * self._size) for _ in range(2)] if self._receives else None
         self._work: list[Any] = [None, None]
 
@@ -176,7 +176,7 @@ class _Gathering:
         """Pack this rank's pieces of bucket k and begin its collective."""
         if self._size == 1:
             return
-        send = self._send[k % 2][: plan.packed_bytes]
+        send = self._send[: plan.packed_bytes]
         for rank, piece, offset in plan.packed:
             if rank == self._rank:
                 local = tensors[piece.local_name]

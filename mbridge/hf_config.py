@@ -86,6 +86,25 @@ def normalise(raw: Mapping[str, Any]) -> HFConfig:
     return config
 
 
+def as_classifier(raw: Mapping[str, Any], num_labels: int, *, bias: bool) -> HFConfig:
+    """config.json of a model that is saved with a value head of `num_labels` rows instead of its output layer.
+
+    transformers reads the number of labels from `id2label`, and takes 2 without it.
+    """
+    config = dict(raw)
+    kind = "ForTokenClassification" if bias else "ForSequenceClassification"
+    architectures = config.get("architectures") or []
+    config["architectures"] = [
+        name.removesuffix("ForCausalLM") + kind if name.endswith("ForCausalLM") else name for name in architectures
+    ]
+    known = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    if known != num_labels:
+        config["id2label"] = {str(n): f"LABEL_{n}" for n in range(num_labels)}
+        config["label2id"] = {f"LABEL_{n}": n for n in range(num_labels)}
+        config.pop("num_labels", None)
+    return config
+
+
 def require(config: Mapping[str, Any], fields: Collection[str]) -> None:
     """Raise ConfigError naming every field of `fields` that the config lacks."""
     absent = [field for field in fields if config.get(field) is None]

@@ -172,7 +172,12 @@ def layout(
         index, size = 0, 1
     rows = local[op.dim] * size if len(local) > op.dim else -1
     at_least = whole_rows(op, shapes)
-    padded = isinstance(op, Vocab) and rows >= at_least
+    if isinstance(op, Vocab) and 0 <= rows < at_least:
+        raise ModelError(
+            f"{local_name!r} has shape {list(local)} here, on {size} ranks {rows} rows; at least the {at_least} of "
+            f"{hf_names[0]} were expected. A value head has to be known: make the bridge with value_head={local[0]}"
+        )
+    padded = isinstance(op, Vocab)
     expected = local_shape(op, shapes, size, rows if padded else None)
     if local != expected:
         raise ModelError(

@@ -35,7 +35,11 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An axis-aligned block of an HF tensor: `start[d] <= index[d] < stop[d]` for each dim, in HF coordinates."""
+    """An axis-aligned block of an HF tensor: `start[d] <= index[d] < stop[d]` for each dim, in HF coordinates.
+
+    A box with one dim more than its tensor is one of the tensor's *unfolded* view, whose last dim is (n, 2): there gate
+    and up, which alternate in the tensor (gpt-oss), are a block each.
+    """
 
     start: Shape
     stop: Shape
@@ -55,6 +59,23 @@ class Box:
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+    def of(self, tensor: torch.Tensor, origin: Shape | None = None) -> torch.Tensor:
+        """This block as a view of the HF tensor, or of the part of it that begins at `origin` and holds the block."""
+        first = (0,) * tensor.dim() if origin is None else origin
+        if len(self.start) > tensor.dim():
+            tensor, first = tensor.unflatten(-1, (-1, 2)), (*first[:-1], first[-1] // 2, 0)
+        return tensor[tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, first, strict=True))]
+
+    def folded(self) -> Box:
+        """The smallest box without the last dim of the unfolded view that holds this one."""
+        return Box((*self.start[:-2], 2 * self.start[-2]), (*self.stop[:-2], 2 * self.stop[-2]))
+
+    def unfolded(self) -> Box:
+        """This box in the unfolded view. Raises PlanError if it ends between a gate and its up."""
+        if not self.start or self.start[-1] % 2 or self.stop[-1] % 2:
+            raise PlanError(f"{_text(self)} parts what alternates in the last dim of its tensor; give even bounds")
+        return Box((*self.start[:-1], self.start[-1] // 2, 0), (*self.stop[:-1], self.stop[-1] // 2, 2))
 
     def intersect(self, other: Box) -> Box | None:
         """The common part of two boxes of one tensor, None if they share no element."""
@@ -100,6 +121,12 @@ class Piece:
         """The region that holds `box`, which lies inside this piece's box."""
         return self.region.part(tuple(a - b for a, b in zip(box.start, self.box.start, strict=True)), box.shape)
 
+    def unfolded(self) -> Piece:
+        """This piece with its box in the unfolded view."""
+        (*shape, last), (*stride, step) = self.region.shape, self.region.stride
+        region = Region(self.region.offset, (*shape, last // 2, 2), (*stride, 2 * step, step))
+        return Piece(self.hf_name, self.box.unfolded(), self.local_name, region)
+
 
 class Copy(NamedTuple):
     """One strided copy of a plan: `box` of `hf_name`, from a region of a source to one of a destination."""
@@ -142,17 +169,25 @@ def join(sources: Iterable[Piece], destinations: Iterable[Piece]) -> Iterator[Co
         table = tables.get(destination.hf_name)
         if table is None:
             continue
-        for source in table.candidates(destination.box):
-            box = source.box.intersect(destination.box)
+        for candidate in table.candidates(destination.box):
+            source, target = _in_one_view(candidate, destination)
+            box = source.box.intersect(target.box)
             if box is not None:
                 yield Copy(
                     box=box,
-                    hf_name=destination.hf_name,
+                    hf_name=target.hf_name,
                     source_name=source.local_name,
                     source=source.part(box),
-                    destination_name=destination.local_name,
-                    destination=destination.part(box),
+                    destination_name=target.local_name,
+                    destination=target.part(box),
                 )
+
+
+def _in_one_view(a: Piece, b: Piece) -> tuple[Piece, Piece]:
+    """Two pieces of one HF tensor, unfolded both if one is."""
+    if len(a.box.start) == len(b.box.start):
+        return a, b
+    return (a.unfolded(), b) if len(a.box.start) < len(b.box.start) else (a, b.unfolded())
 
 
 class _SortedByRow:
@@ -178,8 +213,11 @@ def _first_row(piece: Piece) -> int:
 def check_cover(name: str, shape: Shape, boxes: Sequence[Box], what: str = "HF tensor") -> None:
     """Raise PlanError unless `boxes` cover a tensor of `shape` exactly once."""
     whole = Box.whole(shape)
+    if any(len(box.start) == len(shape) + 1 for box in boxes):
+        boxes = [box.unfolded() if len(box.start) == len(shape) else box for box in boxes]
+        whole = whole.unfolded()
     for box in boxes:
-        if len(box.start) != len(shape) or whole.intersect(box) != box:
+        if len(box.start) != len(whole.start) or whole.intersect(box) != box:
             raise PlanError(f"{what} {name!r} has shape {list(shape)}, but a piece claims {_text(box)}")
     pair = first_overlap(boxes)
     if pair is not None:

@@ -186,14 +186,18 @@ def stored_by(table: Table, topology: Topology, at: Coordinates, specs: Sequence
         for part in parts:
             pieces += part.pieces
             padding += [(spec.name, region) for region in part.padding]
-            if not row.copy and topology.owns(
-                at, row.op.at_shape(spec.shape, row.shapes).axis, expert=row.num_experts > 0
-            ):
+            if _is_copy(row, at):
+                continue
+            if topology.owns(at, row.op.at_shape(spec.shape, row.shapes).axis, expert=row.num_experts > 0):
                 owned += part.pieces
     problems += [f"{name}: not in this model" for name in table.missing_in_layers((s.name for s in specs), topology.ep)]
     if problems:
         raise ModelError(f"this Megatron-Core model is not the one its config describes:\n{listed(problems)}")
     return Stored(tuple(pieces), tuple(owned), tuple(padding))
+
+
+def _is_copy(row: Row, at: Coordinates) -> bool:
+    return row.copy or (row.first_stage and at.pp > 0)
 
 
 _DTYPE_HINT = {
@@ -256,8 +260,16 @@ class TrainerPlan:
     digest: str  # of all that must agree between ranks
 
     @classmethod
-    def of(cls, table: Table, topology: Topology, at: Coordinates, stored: Stored) -> TrainerPlan:
-        groups = list(table.groups())
+    def of(
+        cls,
+        table: Table,
+        topology: Topology,
+        at: Coordinates,
+        stored: Stored,
+        groups: Sequence[tuple[TensorSpec, ...]] | None = None,
+    ) -> TrainerPlan:
+        """`groups` (default: the table's) and `stored` may both be spelled otherwise than the table does."""
+        groups = list(table.groups()) if groups is None else groups
         tensors = tuple(itertools.chain.from_iterable(groups))
         return cls(
             tensors=tensors,

@@ -18,12 +18,21 @@ from .plan import Table, hf_names
 
 
 class _Place(NamedTuple):
-    """Where a matrix lies in a fused tensor."""
+    """Where a matrix (or a bias) lies in a fused tensor: its rows are one after the other, or every second one."""
 
     fused: str
     expert: int
     first_row: int
     transposed: bool
+    parity: int | None  # 0 for even rows, 1 for odd ones, None for rows side by side
+
+
+class _Member(NamedTuple):
+    """A fused tensor: its spec if it is not transposed, and its parts."""
+
+    rule: FusedExperts
+    spec: TensorSpec
+    parts: Sequence[tuple[str, int, int]]  # the table's name, expert, number among the rule's parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +57,18 @@ class Spelling:
         """
         members = list(_fused_members(table, rules, found))
         # A square tensor does not show its orientation; the others of the checkpoint do.
-        transposed = any(found[name].shape == _turned(shape) != shape for name, shape, _ in members)
+        turned = any(
+            spec.name in found and found[spec.name].shape == _turned(spec.shape) != spec.shape for _, spec, _ in members
+        )
         places: dict[str, _Place] = {}
         fused: dict[str, TensorSpec] = {}
-        for name, shape, parts in members:
-            fused[name] = TensorSpec(name, _turned(shape) if transposed else shape, table.dtype)
-            for matrix, expert, first_row in parts:
-                places[matrix] = _Place(name, expert, first_row, transposed)
+        for rule, spec, parts in members:
+            transposed = (turned or rule.transposed) and len(spec.shape) == 3
+            fused[spec.name] = spec._replace(shape=_turned(spec.shape)) if transposed else spec
+            height = spec.shape[1] // len(rule.parts)
+            for matrix, expert, number in parts:
+                first_row, parity = (0, number) if rule.interleaved else (number * height, None)
+                places[matrix] = _Place(spec.name, expert, first_row, transposed, parity)
         copies: dict[str, list[str]] = defaultdict(list)
         for name, original in duplicates.items():
             if name in found:
@@ -68,9 +82,9 @@ class Spelling:
             names = dict.fromkeys(
                 self.places[spec.name].fused if spec.name in self.places else spec.name for spec in group
             )
-            by_name = {**{spec.name: spec for spec in group}, **self.fused}
+            own = {spec.name: spec for spec in group}
             if next(iter(names)) not in spelled:
-                spelled[next(iter(names))] = tuple(by_name[name] for name in names)
+                spelled[next(iter(names))] = tuple(self.fused.get(name) or own[name] for name in names)
             for spec in group:
                 for copy in self.copies.get(spec.name, ()):
                     spelled[copy] = (spec._replace(name=copy),)
@@ -92,35 +106,37 @@ class Spelling:
         place = self.places.get(piece.hf_name)
         if place is None:
             return piece
-        (row, column), (row_end, column_end) = piece.box.start, piece.box.stop
-        start, stop = [row + place.first_row, column], [row_end + place.first_row, column_end]
+        start, stop = list(piece.box.start), list(piece.box.stop)
+        start[0], stop[0] = start[0] + place.first_row, stop[0] + place.first_row
         shape, stride = list(piece.region.shape), list(piece.region.stride)
         if place.transposed:
             for pair in (start, stop, shape, stride):
                 pair.reverse()
+        if place.parity is not None:  # of the unfolded view (pieces.Box)
+            start, stop = [*start, place.parity], [*stop, place.parity + 1]
+            shape, stride = [*shape, 1], [*stride, 0]
         box = Box((place.expert, *start), (place.expert + 1, *stop))
         return Piece(place.fused, box, piece.local_name, Region(piece.region.offset, (1, *shape), (0, *stride)))
 
 
-def _fused_members(
-    table: Table, rules: Sequence[FusedExperts], found: Mapping[str, TensorSpec]
-) -> Iterator[tuple[str, Shape, list[tuple[str, int, int]]]]:
-    """Each fused tensor of `found`: name, shape if not transposed, and its (matrix, expert, first row)s."""
+def _fused_members(table: Table, rules: Sequence[FusedExperts], found: Mapping[str, TensorSpec]) -> Iterator[_Member]:
+    """Each fused tensor of `found`, or that there has to be."""
     for row, layer in table.in_layer_order():
         for rule in rules:
             if row.hf != rule.parts:
                 continue
             name = rule.name.replace("{layer}", str((layer or 0) + row.hf_offset))
-            if name not in found:
+            if name not in found and not rule.only:
                 continue
-            height, width = row.shapes[0]
+            height, *width = row.shapes[0]
             parts = [
-                (matrix, expert, number * height)
+                (matrix, expert, number)
                 for expert in range(row.num_experts)
                 for number, matrix in enumerate(hf_names(row, layer, expert))
             ]
-            yield name, (row.num_experts, len(rule.parts) * height, width), parts
+            shape = (row.num_experts, len(rule.parts) * height, *width)
+            yield _Member(rule, TensorSpec(name, shape, table.dtype), parts)
 
 
 def _turned(shape: Shape) -> Shape:
-    return (shape[0], shape[2], shape[1])
+    return (shape[0], *reversed(shape[1:]))

@@ -1,7 +1,7 @@
 """mbridge_rl: refits live inference engines from sharded Megatron-Core trainers.
 
-Imports go only downwards: syncer > conductor > engines > transports > receiver > recorder, filler > agreement > buckets >
-control > protocol > report > errors. Of mbridge it sees the Bridge it is given, `pieces`, `plan` and `errors`.
+Imports go only downwards: syncer > conductor > engines > transports > receiver > recorder, filler > agreement > buckets
+> control > protocol > report > errors. Of mbridge it sees the Bridge it is given, `pieces`, `plan` and `errors`.
 """
 
 from .errors import SyncError

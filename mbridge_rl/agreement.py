@@ -1,7 +1,7 @@
 """Trainer ranks agree on the plan, once, while a syncer is built. The only use of torch.distributed in mbridge_rl.
 
-Each rank makes an `Offer`; every rank sees all offers and comes to the same conclusion, so that a disagreement is the same
-error on every rank and never a hang.
+Each rank makes an `Offer`; every rank sees all offers and comes to the same conclusion, so that a disagreement is the
+same error on every rank and never a hang.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def _raise_difference(
     for position, (ours, theirs) in enumerate(pairs):
         if ours != theirs:
             raise PlanMismatchError(
-                f"trainer ranks 0 and {other} have different plans; the first difference is entry {position}: rank 0 has "
-                f"{ours or 'nothing more'}, rank {other} has {theirs or 'nothing more'}",
+                f"trainer ranks 0 and {other} have different plans; the first difference is entry {position}: "
+                f"rank 0 has {ours or 'nothing more'}, rank {other} has {theirs or 'nothing more'}",
                 origin=f"trainer rank {other}",
                 phase="connect",
             )
     raise PlanMismatchError(
-        f"trainer ranks 0 and {other} have the same tensors in the same order, but different digests: bucket_bytes, the "
-        "topology or the family's table differs",
+        f"trainer ranks 0 and {other} have the same tensors in the same order, but different digests: "
+        "bucket_bytes, the topology or the family's table differs",
         origin=f"trainer rank {other}",
         phase="connect",
     )

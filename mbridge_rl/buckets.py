@@ -1,8 +1,9 @@
 """Where each HF tensor lies in the flat buckets of a refit. Pure: integers and shapes, no memory.
 
-Tensors keep the plan's order. A fusion group (tensors that the engine's loader wants in one call) is never parted between
-two load calls: it either fits into one bucket whole, or it is cut into rows over buckets of its own and put together again
-by the receiver (`Group.split`). Offsets are multiples of `ALIGNMENT` bytes, so any dtype can lie anywhere.
+Tensors keep the plan's order. A fusion group (tensors that the engine's loader wants in one call) is never parted
+between two load calls: it either fits into one bucket whole, or it is cut into rows over buckets of its own and put
+together again by the receiver (`Group.split`). Offsets are multiples of `ALIGNMENT` bytes, so any dtype can lie
+anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from mbridge.pieces import Box, Copy, Piece, Region, TensorSpec, join
 
 from .errors import SyncError
-from .protocol import SetUp
+from .messages import SetUp
 
 ALIGNMENT = 256
 DEFAULT_LIMIT_BYTES = 512 << 20  # larger fusion groups are cut, unless `bucket_bytes` asks for more
@@ -125,7 +126,14 @@ def read_set_up(message: SetUp) -> Layout:
             raise SyncError(f"{name} has dtype {dtype_name!r}, which this torch does not know", tensor=name)
         tensors.append(TensorSpec(name, shape, dtype))
     parts = tuple(Part(*part) for part in message.parts)
-    return Layout(tuple(tensors), tuple(message.groups), parts, message.bucket_bytes, message.num_buckets, frozenset(message.optional_names))
+    return Layout(
+        tuple(tensors),
+        tuple(message.groups),
+        parts,
+        message.bucket_bytes,
+        message.num_buckets,
+        frozenset(message.optional_names),
+    )
 
 
 def destination_pieces(layout: Layout) -> list[Piece]:
@@ -201,7 +209,8 @@ def _row_ranges(num_rows: int, row_bytes: int, capacity: int, cursor: _Cursor) -
         if room == 0:
             cursor.next_bucket()
             continue
-        stop = min(num_rows, start + room)
+        # Even, so that what alternates in a one-dimensional tensor (gate and up biases) is not parted.
+        stop = min(num_rows, start + max(room - room % 2, 1))
         yield start, stop
         start = stop
 

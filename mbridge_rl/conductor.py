@@ -1,25 +1,24 @@
 """Rank 0's side of a syncer: carries out what the state machine of protocol.py decides.
 
-Owns the hub, the engine and the thread of the engine's calls. One loop (`_pump`) turns what happens (messages, deaths, engine
-calls that return, time) into events of the machine, and its actions into messages and calls. Rank 0 is a trainer too: its
-own Fill messages are carried out here, between two looks at the hub.
+Owns the hub, the engine and the thread of the engine's calls. One loop (`_pump`) turns what happens (messages, deaths,
+engine calls that return, time) into events of the machine, and its actions into messages and calls. Rank 0 is a trainer
+too: its own Fill messages are carried out here, between two looks at the hub.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from .control import Hub, Lost, Received, host_id
+from .engines._thread import EngineThread
 from .engines.base import Engine, InFlight
 from .errors import (
     DeadlineError,
-    EngineError,
     EngineGoneError,
     EngineMismatchError,
     Failure,
@@ -27,16 +26,12 @@ from .errors import (
     TrainerLostError,
     raised,
 )
-from .protocol import (
+from .messages import (
     Abort,
-    Action,
     AnyMessage,
     Attached,
-    Call,
     Connected,
     Done,
-    EngineCall,
-    EngineState,
     Enter,
     Failed,
     Fill,
@@ -44,12 +39,10 @@ from .protocol import (
     Goodbye,
     Hello,
     Invitation,
-    Peer,
-    Phase,
-    Refit,
     SetUp,
     Stats,
 )
+from .protocol import Action, Call, EngineCall, EngineState, Peer, Phase, Refit
 
 ME = Peer("trainer", 0)
 ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
@@ -129,8 +122,8 @@ class Conductor:
         if nowhere:
             first = min(nowhere)
             raise EngineMismatchError(
-                f"{self.engine.name} has no place for {len(nowhere)} of the trainer's {len(set_up.tensors)} tensors, such as "
-                f"{first}. Is it the same model?",
+                f"{self.engine.name} has no place for {len(nowhere)} of the trainer's {len(set_up.tensors)} tensors, "
+                f"such as {first}. Is it the same model?",
                 phase="connect",
                 tensor=first,
             )
@@ -156,7 +149,10 @@ class Conductor:
         arrived: Arrived | None = None,
         patience_s: float | None = None,
     ) -> None:
-        """Handle what comes until `is_complete()`. Raises SyncError, at the latest after `patience_s` (`deadline_s`)."""
+        """Handle what comes until `is_complete()`.
+
+        Raises SyncError, at the latest after `patience_s` (`deadline_s`).
+        """
         patience_s = self._deadline_s if patience_s is None else patience_s
         end = time.monotonic() + patience_s
         while not is_complete():
@@ -216,16 +212,21 @@ class Conductor:
             deadline_s=self._deadline_s,
             now=time.monotonic(),
         )
+        mine: deque[Fill] = deque()
         try:
-            self._pump(refit, version, begin, fill)
-        except BaseException as error:  # also Ctrl-C: nobody may be left waiting
-            failure = Failure(
-                "SyncError", f"trainer rank 0 left the refit: {type(error).__name__}: {error}", str(ME), refit.phase
-            )
-            self._carry_out(refit, refit.fail(failure, time.monotonic()), deque())
-            self._settle(refit)
+            self._carry_out(refit, self._entering(refit, version, begin), mine)
+            early, self._early = self._early, []
+            for peer, message in early:
+                self._carry_out(refit, self._deliver(refit, peer, message), mine)
+            self._pump(refit, mine, fill)
+        except BaseException as error:  # also Ctrl-C: nobody may be left waiting, and no engine call half made
+            what = f"trainer rank 0 left the refit: {type(error).__name__}: {error}"
+            mine.clear()
+            self._carry_out(refit, refit.fail(Failure("SyncError", what, str(ME), refit.phase), time.monotonic()), mine)
+            self._pump(refit, mine, fill)
             raise
-        self._settle(refit)
+        finally:
+            self._settle(refit)
         if refit.failure is not None:
             raise raised(refit.failure)
         done = Done(attempt, refit.version, self._stats(refit))
@@ -233,31 +234,22 @@ class Conductor:
             self._hub.send(self._routes[peer], done)
         return done
 
-    def _pump(self, refit: Refit, version: int, begin: Callable[[], None], fill: Callable[[int], None]) -> None:
-        mine: deque[Fill] = deque()
-
-        def react(actions: list[Action]) -> None:
-            self._carry_out(refit, actions, mine)
-
-        react(self._entering(refit, version, begin))
-        early, self._early = self._early, []
-        for peer, message in early:
-            react(self._deliver(refit, peer, message))
+    def _pump(self, refit: Refit, mine: deque[Fill], fill: Callable[[int], None]) -> None:
+        """Turn what happens into events of `refit` until it is over. `mine`: Fill messages for rank 0 itself."""
         while not refit.finished:
             for event in self._hub.wait(0 if mine else refit.deadline - time.monotonic()):
-                now = time.monotonic()
                 match event:
                     case Received(route, message) if route in self._peers:
-                        react(self._deliver(refit, self._peers[route], message))
+                        self._carry_out(refit, self._deliver(refit, self._peers[route], message), mine)
                     case Received(_, message):
                         _log.warning("ignored %s from a stranger", type(message).__name__)
                     case Lost(route):
-                        react(refit.lost(self._peers[route], "died", now))
+                        self._carry_out(refit, refit.lost(self._peers[route], "died", time.monotonic()), mine)
             if self._calls.is_returned:
-                react(refit.called(self._calls.take().failure, time.monotonic()))
-            react(refit.tick(time.monotonic()))
+                self._carry_out(refit, refit.called(self._calls.take().failure, time.monotonic()), mine)
+            self._carry_out(refit, refit.tick(time.monotonic()), mine)
             if mine and not refit.finished:
-                react(self._fill_one(refit, mine.popleft(), fill))
+                self._carry_out(refit, self._fill_one(refit, mine.popleft(), fill), mine)
 
     def _entering(self, refit: Refit, version: int, begin: Callable[[], None]) -> list[Action]:
         try:
@@ -342,61 +334,6 @@ class Conductor:
             self._calls.start(self.engine.detach)
             self._calls.join(DETACH_S)
         self._hub.close()
-
-
-class Returned(NamedTuple):
-    """How an engine call ended."""
-
-    value: Any = None
-    failure: Failure | None = None
-
-
-class EngineThread:
-    """Makes one blocking engine call at a time in a thread, so that the conductor can keep its deadlines meanwhile.
-
-    Threads are daemons: a call into a dead engine may never return, and must not keep the process alive.
-    """
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        self._thread: threading.Thread | None = None
-        self._returned: Returned | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        """A call has been made and has not returned."""
-        return self._thread is not None and self._returned is None
-
-    @property
-    def is_returned(self) -> bool:
-        """A call has returned and its result was not taken."""
-        return self._returned is not None
-
-    def start(self, call: Callable[[], Any]) -> None:
-        if self._thread is not None:
-            raise EngineError("the engine's previous call has not come back")
-        self._thread = threading.Thread(target=self._run, args=(call,), name="mbridge-engine-call", daemon=True)
-        self._thread.start()
-
-    def take(self) -> Returned:
-        """The result of the call that has returned; the next call can start."""
-        assert self._returned is not None
-        returned, self._returned, self._thread = self._returned, None, None
-        return returned
-
-    def join(self, timeout_s: float) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-
-    def _run(self, call: Callable[[], Any]) -> None:
-        try:
-            self._returned = Returned(call())
-        except SyncError as error:
-            self._returned = Returned(failure=error.failure)
-        except Exception as error:  # noqa: BLE001  an engine of a third party; it becomes one typed error
-            _log.exception("an engine call failed")
-            self._returned = Returned(failure=Failure("EngineLoadError", f"{type(error).__name__}: {error}", "engine"))
-        self._wake()
 
 
 def _mine(error: SyncError, refit: Refit) -> Failure:

@@ -1,4 +1,5 @@
-"""The control channel of a syncer: typed msgpack messages over ZMQ between trainer rank 0 (`Hub`) and its peers (`Link`).
+"""The control channel of a syncer: typed msgpack messages over ZMQ between trainer rank 0 (`Hub`) and its peers
+(`Link`).
 
 Every message is two frames: the session's token, and a msgpack struct of protocol.py. What has another token, does not
 decode or is larger than `MAX_MESSAGE_BYTES` is dropped and logged: it never reaches the refit. Nothing is unpickled.
@@ -26,7 +27,7 @@ import msgspec
 import zmq
 
 from .errors import DeadlineError, ProtocolError, TrainerLostError
-from .protocol import AnyMessage, Goodbye
+from .messages import AnyMessage, Goodbye
 
 MAX_MESSAGE_BYTES = 64 << 20
 LINGER_MS = 1000  # a last message (Abort, Goodbye) may take this long to leave
@@ -81,6 +82,7 @@ class Hub:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.BACKLOG, 4096)  # all ranks connect at once
         self._socket.bind(address or f"ipc://{self._directory}/control")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._wake_lock = threading.Lock()  # against a `wake` from another thread while `close` closes the descriptor
@@ -179,6 +181,7 @@ class Link:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)  # of a worker whose trainer has gone
         self._socket.connect(endpoint)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -197,7 +200,10 @@ class Link:
         self._socket.send_multipart([self._token.encode(), _encode(message)], flags=zmq.NOBLOCK)
 
     def recv(self, deadline_s: float, what: str) -> AnyMessage:
-        """The next message. Raises TrainerLostError if rank 0 died, DeadlineError after `deadline_s` ("waiting for `what`")."""
+        """The next message.
+
+        Raises TrainerLostError if rank 0 died, DeadlineError after `deadline_s` ("waiting for `what`").
+        """
         end = time.monotonic() + deadline_s
         while True:
             left = end - time.monotonic()

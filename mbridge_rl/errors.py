@@ -15,7 +15,8 @@
             ├── EngineMismatchError         it holds another model than the trainer
             └── EngineLoadError             its own loader, or another of its calls, failed
 
-An error crosses processes as a `Failure` (plain strings) and is raised on every rank as the same class with the same words.
+An error crosses processes as a `Failure` (plain strings) and is raised on every rank as the same class with the same
+words.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Failure:
 
 
 class SyncError(MBridgeError):
-    """A refit, or its connection, failed. `failure` says where it began: the rank or worker, the phase, the HF tensor."""
+    """A refit, or its connection, failed.
+
+    `failure` says where it began: the rank or worker, the phase, the HF tensor.
+    """
 
     def __init__(self, message: str, *, origin: str = "", phase: str = "", tensor: str | None = None) -> None:
         self.failure = Failure(type(self).__name__, message, origin, phase, tensor)

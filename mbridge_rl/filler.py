@@ -1,4 +1,7 @@
-"""The trainer's half of a refit: copy the pieces a rank owns into the buckets. Destinations are planned once and replayed."""
+"""The trainer's half of a refit: copy the pieces a rank owns into the buckets.
+
+Destinations are planned once and replayed.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +41,18 @@ class Filler:
                 raise PlanMismatchError(f"the models no longer have local tensor {name!r}", tensor=name)
             if source.dtype != dtype or source.numel() < numel or not source.is_contiguous():
                 raise PlanMismatchError(
-                    f"local tensor {name!r} must be {dtype}, contiguous, with {numel} elements or more; found {source.dtype}, "
-                    f"shape {list(source.shape)}, stride {list(source.stride())}",
+                    f"local tensor {name!r} must be {dtype}, contiguous, with {numel} elements or more; "
+                    f"found {source.dtype}, shape {list(source.shape)}, stride {list(source.stride())}",
                     tensor=name,
                 )
         self._sources = sources
 
     @torch.no_grad()
     def fill(self, bucket: int) -> None:
-        """Copy this rank's part of `bucket`. When it returns, the bytes are there (also from a GPU). Raises SyncError."""
+        """Copy this rank's part of `bucket`.
+
+        When it returns, the bytes are there (also from a GPU). Raises SyncError.
+        """
         for name, region, destination in self._program[bucket]:
             try:
                 destination.copy_(region.of(self._sources[name]))

@@ -1,9 +1,9 @@
 """What runs inside an engine worker, whatever the engine: open the slots, load bucket after bucket, check, commit.
 
-Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model. It knows no RPC either:
-`attach`, `run` and `close_session` are called by the engine's own entry points, one at a time, and they never raise for a failed
-refit. A failure travels to trainer rank 0 through the control channel. (An exception through vLLM's multi-worker RPC
-would leave answers of other workers in its queues.)
+Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model. It knows no RPC
+either: `attach`, `run` and `close_session` are called by the engine's own entry points, one at a time, and they never
+raise for a failed refit. A failure travels to trainer rank 0 through the control channel. (An exception through vLLM's
+multi-worker RPC would leave answers of other workers in its queues.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,19 @@ from .errors import (
     ProtocolError,
     SyncError,
 )
-from .protocol import Abort, Applied, Attached, Commit, Committed, Failed, Hello, Invitation, Load, Loaded, SetUp
+from .messages import (
+    Abort,
+    Applied,
+    Attached,
+    Commit,
+    Committed,
+    Failed,
+    Hello,
+    Invitation,
+    Load,
+    Loaded,
+    SetUp,
+)
 from .recorder import DryRun
 
 RELEASE_PATIENCE_S = 0.2  # a Goodbye that was sent arrives within this
@@ -252,7 +264,7 @@ class Receiver:
 
 
 class Assembly:
-    """Puts tensors of fusion groups that lie in several buckets together again, and lets whole groups pass as they are."""
+    """Puts the tensors of fusion groups that lie in several buckets together again; whole groups pass as they are."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout

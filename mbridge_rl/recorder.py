@@ -1,7 +1,8 @@
 """Runs an engine model's own `load_weights` on probes: tensors without data that remember where they were copied.
 
-`dry_run` finds out, before any weight is touched, which HF names the loader uses, which of them it writes to one place, and
-what it refuses. A probe lives on the meta device; `destination.copy_(probe)` is recorded and not carried out. Knows no engine.
+`dry_run` finds out, before any weight is touched, which HF names the loader uses, which of them it writes to one place,
+and what it refuses. A probe lives on the meta device; `destination.copy_(probe)` is recorded and not carried out. Knows
+no engine.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def dry_run(load: Loader, tensors: Iterable[TensorSpec]) -> DryRun:
     except Exception as error:
         where = f"{last[0].name} {list(last[0].shape)} {last[0].dtype}" if last else "nothing yet"
         raise EngineMismatchError(
-            f"the engine's loader refuses the trainer's tensors at {where}: {type(error).__name__}: {str(error)[:MAX_ERROR_CHARS]}. "
-            "Is it the same model?",
+            f"the engine's loader refuses the trainer's tensors at {where}: {type(error).__name__}: "
+            f"{str(error)[:MAX_ERROR_CHARS]}. Is it the same model?",
             phase="connect",
             tensor=last[0].name if last else None,
         ) from error

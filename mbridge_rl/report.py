@@ -45,8 +45,8 @@ class SyncReport:
         share = f", {self.share_of_limit:.0%} of memcpy" if self.share_of_limit is not None else ""
         phases = " + ".join(f"{name} {1e3 * seconds:.0f}" for name, seconds in self.phases.items())
         return (
-            f"refit v{self.version} of {self.engine}: {1e3 * self.total_s:.0f} ms ({phases}), {self.num_bytes / 1e6:,.1f} MB at "
-            f"{self.gb_per_s:.2f} GB/s{share}; {paths}"
+            f"refit v{self.version} of {self.engine}: {1e3 * self.total_s:.0f} ms ({phases}), "
+            f"{self.num_bytes / 1e6:,.1f} MB at {self.gb_per_s:.2f} GB/s{share}; {paths}"
         )
 
     def to_json(self) -> str:

@@ -1,8 +1,8 @@
 """WeightSyncer: plans once, connects, and refits an engine at every `sync()`.
 
-Every trainer rank builds one. Rank 0 drives the engine and conducts the refit (conductor.py); all ranks, rank 0 included,
-fill the buckets with the pieces they own. torch.distributed is used only while it is built, to agree on the plan: a refit
-itself goes over the control channel, where every wait has a deadline and a dead process is an event.
+Every trainer rank builds one. Rank 0 drives the engine and conducts the refit (conductor.py); all ranks, rank 0
+included, fill the buckets with the pieces they own. torch.distributed is used only while it is built, to agree on the
+plan: a refit itself goes over the control channel, where every wait has a deadline and a dead process is an event.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ from .control import Hub, Link, host_id
 from .engines.base import InFlight, as_engine
 from .errors import Failure, ProtocolError, SyncError, TrainerLostError, TransportError, raised
 from .filler import Filler
-from .protocol import Abort, Connected, Done, Enter, Failed, Fill, Filled, Goodbye, Hello
+from .messages import (
+    Abort,
+    Connected,
+    Done,
+    Enter,
+    Failed,
+    Fill,
+    Filled,
+    Goodbye,
+    Hello,
+)
 from .receiver import GRACE_S
 from .report import SyncReport
 from .transports.base import NUM_SLOTS, Transport, transport_class
@@ -54,16 +64,17 @@ class WeightSyncer:
 
     Args:
         bridge: the `mbridge.Bridge` of the trainer's models.
-        engine: a `vllm.LLM`, the URL of a `vllm serve`, a `torch.nn.Module`, or an `engines.base.Engine`; used on rank 0
+        engine: a `vllm.LLM`, the URL of a `vllm serve`, a `torch.nn.Module`, or an `engines.base.Engine`; used on rank
+        0
             only, others may pass None.
         models: Megatron chunks; by default what `bridge.get_model()` built last.
         transport: name of a transport, or "auto".
         deadline_s: longest time without progress, in any wait, before a refit fails on all ranks.
         bucket_bytes: size of a bucket; two are allocated. By default chosen from the model's size.
         reset_prefix_cache: drop what the engine cached of older weights, after each commit.
-        in_flight: "wait" for requests in flight before a refit, "abort" them, or "keep" them (they go on with new weights).
-        group: process group of the trainer ranks, by default the whole job. Used only here.
-        control_address: where rank 0 listens, such as "tcp://127.0.0.1:*"; by default a private Unix socket.
+        in_flight: "wait" for requests in flight before a refit, "abort" them, or "keep" them (they go on with new
+        weights). group: process group of the trainer ranks, by default the whole job. Used only here. control_address:
+        where rank 0 listens, such as "tcp://127.0.0.1:*"; by default a private Unix socket.
 
     Raises SyncError (or PlanError) with the same words on every rank: PlanMismatchError, EngineBusyError,
     EngineMismatchError, EngineGoneError, TransportError, DeadlineError.
@@ -104,8 +115,9 @@ class WeightSyncer:
     def sync(self, version: int | None = None) -> SyncReport:
         """Refit the engine with the trainer's current weights, as `version` (default: the last one plus 1).
 
-        Call it on every rank. Blocks until the engine serves the new weights. Raises the same SyncError on every rank: then the
-        engine serves what it served (if nothing had been written), or is stale and stays paused until a later sync.
+        Call it on every rank. Blocks until the engine serves the new weights. Raises the same SyncError on every rank:
+        then the engine serves what it served (if nothing had been written), or is stale and stays paused until a later
+        sync.
         """
         if self._closed:
             raise SyncError("this WeightSyncer is closed")
@@ -189,7 +201,8 @@ class WeightSyncer:
             address=address,
         )
         offers = agree(offer, plan.tensors if plan else (), plan.fusion_groups if plan else (), group)
-        assert plan is not None and layout is not None  # else `agree` raised
+        if plan is None or layout is None:
+            raise AssertionError("agree() raises when a rank has no plan")
         self.layout: Layout = layout
         if any(other.host != offers[0].host for other in offers) and kind == "shared_memory":
             raise TransportError(f"trainer ranks run on several hosts; transport {kind!r} needs them on one")

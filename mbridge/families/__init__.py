@@ -19,7 +19,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 from ..hf_config import HFConfig
-from ..ops import Op
+from ..ops import Op, Replicated
 from ..pieces import Shape
 
 
@@ -47,6 +47,8 @@ class Row:
     op: Op
     copy: bool = False
     """It holds values that another parameter answers for (a tied output layer): it is loaded, and never sent."""
+    first_stage: bool = False
+    """The first pipeline stage answers for it; where a later one has it too (to embed for MTP layers), it is a copy."""
     layers: tuple[int, ...] | None = None
     """The layers that have it; None is all of the decoder."""
     hf_offset: int = 0
@@ -70,13 +72,52 @@ class FusedExperts:
     """One on-disk tensor that holds some matrices of all experts of a layer, where the table has one tensor each.
 
     `parts` are the table's names (with {layer} and {expert}), stacked along their dim 0 in this order; the tensor is
-    [experts, rows of all parts, columns], or with the last two dims exchanged where `transposed`.
+    [experts, rows of all parts, columns], or with the last two dims exchanged where `transposed`; of biases it is
+    [experts, rows of all parts].
     Sources: transformers 5 `conversion_mapping.py` (written with save_original_format=False), and Qwen3-VL-MoE's files.
     """
 
     name: str
     parts: tuple[str, ...]
     transposed: bool = False
+    """Always. Otherwise the shapes in a file tell."""
+    interleaved: bool = False
+    """The rows of two parts alternate instead; they lie along the tensor's last dim."""
+    only: bool = False
+    """Files and engines know no other spelling, so it is also that of a model without a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHead:
+    """A linear layer in the place of the output layer, whole on every rank: a critic's values, a reward model's score.
+
+    Frameworks put it there in a callback after building. On disk it is `score`, as in transformers'
+    AutoModelForTokenClassification (with bias) and AutoModelForSequenceClassification (without).
+    """
+
+    size: int
+    """Values for each token: rows of its weight [size, hidden]."""
+    bias: bool = False
+    dtype: torch.dtype | None = None
+    """Another dtype than the model's."""
+
+
+LM_HEAD = "lm_head.weight"
+
+
+def with_value_head(rows: Sequence[Row], head: ValueHead, hidden: int) -> list[Row]:
+    """A family's rows with `head` instead of the output layer."""
+    kinds: dict[str, Shape] = {"weight": (head.size, hidden), **({"bias": (head.size,)} if head.bias else {})}
+    replaced: list[Row] = []
+    for row in rows:
+        if row.mcore != ("output_layer.weight",):
+            replaced.append(row)
+            continue
+        replaced += [
+            Row((f"output_layer.{kind}",), (f"score.{kind}",), (shape,), Replicated(), dtype=head.dtype)
+            for kind, shape in kinds.items()
+        ]
+    return replaced
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,8 @@ def head_dim(config: HFConfig) -> int:
 
 def embedding(config: HFConfig) -> list[Row]:
     shape = (config["vocab_size"], config["hidden_size"])
-    return [Row(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), (shape,), Vocab())]
+    names = ("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",)
+    return [Row(*names, (shape,), Vocab(), first_stage=True)]
 
 
 def output_head(config: HFConfig) -> list[Row]:
@@ -182,13 +183,15 @@ def check_decoder(
     mapped: Collection[str] = (),
     fixed: Mapping[str, Collection[Any]],
     check_rope: Callable[[HFConfig], object] = lambda config: rope_arguments(config["rope"]),
+    layer_types: Collection[str] = ("full_attention",),
 ) -> None:
     """Checks that every family makes; `mapped` and `fixed` add the family's own fields."""
     require(config, REQUIRED_FIELDS)
-    layer_types = config.get("layer_types") or []
-    windowed = sorted(set(layer_types) - {"full_attention"})
-    if windowed:
-        raise UnsupportedConfigError(f"layer_types has {windowed}: only full attention is mapped for this family")
+    other = sorted(set(config.get("layer_types") or []) - set(layer_types))
+    if other:
+        raise UnsupportedConfigError(
+            f"layer_types has {other}: only {' and '.join(layer_types)} is mapped for this family"
+        )
     check_fields(config, MAPPED_FIELDS | {"layer_types", *mapped}, {**FIXED_FIELDS, **fixed}, ignored)
     if config["num_attention_heads"] % num_groups(config):
         raise ConfigError(

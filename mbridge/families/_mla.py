@@ -106,3 +106,9 @@ def check_mla(config: HFConfig) -> None:
     for name in ("factor", "original_max_position_embeddings"):
         if not rope.get(name):
             raise ConfigError(f"yarn rope needs {name}, found {rope.get(name)!r}")
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    if bool(mscale) != bool(all_dim) and (mscale or 1.0, all_dim or 0.0) != (1.0, 0.0):
+        raise UnsupportedConfigError(
+            f"yarn rope has mscale = {mscale!r} and mscale_all_dim = {all_dim!r}: with only one of the two given, "
+            "transformers scales otherwise than DeepSeek's own code, vLLM and Megatron-Core do"
+        )

@@ -156,15 +156,20 @@ def sigmoid_router(config: HFConfig) -> dict[str, Any]:
 
 def check_sigmoid_router(config: HFConfig) -> None:
     """What Megatron-Core's sigmoid router cannot do (megatron/core/transformer/moe/moe_utils.py)."""
+    # A config without the field means True, as transformers' classes do.
+    if config["num_experts_per_tok"] == 1 and config.get("norm_topk_prob") is not False:
+        raise UnsupportedConfigError(
+            "num_experts_per_tok = 1 with norm_topk_prob = True: Megatron-Core leaves a single expert's score as it is"
+        )
     if config["num_experts_per_tok"] > 1 and config.get("norm_topk_prob") is False:
         raise UnsupportedConfigError(
             "norm_topk_prob = False with sigmoid scores: Megatron-Core always renormalises the chosen experts' scores"
         )
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
-    if groups > 1 and config["num_experts_per_tok"] != 2 * chosen:
+    if groups > 1 and config["num_experts_per_tok"] // chosen != 2:
         raise UnsupportedConfigError(
             f"num_experts_per_tok = {config['num_experts_per_tok']} with topk_group = {chosen}: transformers scores a "
-            "group by its two best experts, Megatron-Core by num_experts_per_tok / topk_group of them; they must be 2"
+            "group by its two best experts, Megatron-Core by num_experts_per_tok // topk_group of them, which must be 2"
         )
 
 

@@ -92,4 +92,17 @@ def _duplicates(config: HFConfig) -> dict[str, str]:
     return {**tied_output(config), **mtp_duplicates(config)}
 
 
-FAMILY = Family(("deepseek_v3", "kimi_k2"), _rows, _megatron, _check, fused_experts=_fused, duplicates=_duplicates)
+def _redundant(config: HFConfig) -> list[str]:
+    # Moonlight's and Kimi-K2's files carry the rope table of each layer.
+    return ["model.layers.{layer}.self_attn.rotary_emb.inv_freq"]
+
+
+FAMILY = Family(
+    ("deepseek_v3", "kimi_k2"),
+    _rows,
+    _megatron,
+    _check,
+    fused_experts=_fused,
+    duplicates=_duplicates,
+    redundant=_redundant,
+)

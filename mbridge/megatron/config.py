@@ -83,6 +83,8 @@ def check_divisible(transformer: Mapping[str, Any], gpt: Mapping[str, Any], topo
     divides("tp", tp, "moe_shared_expert_intermediate_size", transformer.get("moe_shared_expert_intermediate_size"))
     divides("etp", topology.expert_tp, "moe_ffn_hidden_size", transformer.get("moe_ffn_hidden_size"))
     divides("ep", topology.ep, "num_moe_experts", transformer.get("num_moe_experts"))
+    if topology.expert_tp > 1 and transformer.get("add_bias_linear") and transformer.get("num_moe_experts"):
+        problems.append(f"etp={topology.expert_tp} must be 1: Megatron-Core has expert biases only without expert TP")
     groups = transformer.get("num_query_groups")
     if groups is not None and groups % tp and tp % groups:
         problems.append(f"tp={tp} must divide num_query_groups={groups}, or be divided by it")
@@ -169,6 +171,7 @@ def transformer_arguments(
 
 def new_config(arguments: dict[str, Any]) -> Any:
     with quiet():
+        from megatron.core.fusions.fused_bias_geglu import quick_gelu
         from megatron.core.transformer import MLATransformerConfig, TransformerConfig
         from megatron.core.transformer.enums import AttnBackend
 
@@ -182,6 +185,8 @@ def new_config(arguments: dict[str, Any]) -> Any:
         raise TypeError(f"{config_class.__name__} has no field {', '.join(unknown)}")
     if isinstance(backend := arguments.get("attention_backend"), str):
         arguments["attention_backend"] = AttnBackend[backend]
+    if arguments.get("activation_func") == "quick_gelu":  # fused kernels are chosen by the function's identity
+        arguments["activation_func"] = quick_gelu
     with refusals("the model's config", UnsupportedConfigError), quiet():
         config = config_class(**arguments)
     for name, value in attributes.items():

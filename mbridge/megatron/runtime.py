@@ -100,6 +100,12 @@ def _synchronize(device: object = None) -> None:
     """Stands for `torch.cuda.synchronize`, which raises without CUDA. CPU work is done when its call returns."""
 
 
+def _window_mask(num_queries: int, num_keys: int, window: tuple[int, int]) -> torch.Tensor:
+    """Bool [num_queries, num_keys], True outside the window of `window` = (tokens before, after) each query."""
+    distance = torch.arange(num_keys) - torch.arange(num_keys - num_queries, num_keys)[:, None]
+    return (distance < -window[0]) | (distance > window[1])
+
+
 def _cpu_tracker() -> object:
     from .rng import CpuRngTracker
 
@@ -176,6 +182,14 @@ FIXES: Final[tuple[Fix, ...]] = (
         needed=_lacks_te_gemm,
         why="0.16.1 tests it against None in the router, but defines it only where TransformerEngine is installed",
         until="moe_utils.py sets it to None when its import fails",
+    ),
+    Fix(
+        "megatron.core.fusions.fused_softmax",
+        "get_sliding_window_causal_mask",
+        replacement=lambda: _window_mask,
+        needed=_no_cuda,
+        why='a layer with a sliding window makes its mask on device "cuda", whatever mask it is given',
+        until="transformer/utils.py makes it on the device of the scores",
     ),
     Fix(
         "megatron.core.transformer.multi_latent_attention",

@@ -5,7 +5,7 @@ Only rank 0 holds an `Engine`. The syncer makes its calls one at a time, each in
     attach                                                    once, when the syncer is built
     pause, update, close_session, publish, resume             each refit that succeeds
     pause, update, close_session                              a refit that fails while weights move: it stays paused
-    close_session                                             before the first refit, if a dead trainer left a session open
+    close_session                                             after attach, if a dead trainer left a session open
     detach                                                    when the syncer is closed
 
 Each call blocks until the engine has done it, or raises EngineError. `update` returns when every worker has left the
@@ -22,7 +22,8 @@ from pkgutil import iter_modules
 from typing import Literal
 
 from ..errors import EngineError, EngineStaleError, Failure
-from ..protocol import EngineState, Invitation
+from ..messages import Invitation
+from ..protocol import EngineState
 
 InFlight = Literal["wait", "abort", "keep"]
 
@@ -83,12 +84,13 @@ class Engine(ABC):
 def as_engine(thing: object) -> Engine:
     """`thing` itself if it is an Engine, else wrapped by the engine module whose `wrap` knows it.
 
-    Asked are the files beside this one and the entry points `mbridge_rl.engines`; none of them imports its engine to answer.
+    Asked are the files beside this one and the entry points `mbridge_rl.engines`; none of them imports its engine to
+    answer.
     """
     if isinstance(thing, Engine):
         return thing
-    package = import_module(__package__)
-    builtin = [m.name for m in iter_modules(package.__path__) if m.name != "base" and not m.name.endswith("_worker")]
+    names = [module.name for module in iter_modules(import_module(__package__).__path__)]
+    builtin = [name for name in names if not name.startswith(("_", "base")) and not name.endswith("_worker")]
     wraps: list[Callable[[object], Engine | None]] = [import_module(f"{__package__}.{name}").wrap for name in builtin]
     wraps += [point.load().wrap for point in entry_points(group="mbridge_rl.engines")]
     for wrap in wraps:
@@ -96,6 +98,6 @@ def as_engine(thing: object) -> Engine:
         if engine is not None:
             return engine
     raise EngineError(
-        f"{type(thing).__module__}.{type(thing).__qualname__} is not an engine that mbridge_rl knows: pass a vllm.LLM, the URL "
-        "of a `vllm serve`, a torch.nn.Module, or an Engine of your own"
+        f"{type(thing).__module__}.{type(thing).__qualname__} is not an engine that mbridge_rl knows: pass a vllm.LLM, "
+        "the URL of a `vllm serve`, a torch.nn.Module, or an Engine of your own"
     )

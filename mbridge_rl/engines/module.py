@@ -1,7 +1,7 @@
 """The reference engine: any torch module in rank 0's own process. Its receiver runs in the thread of the engine calls.
 
-A module that has `load_weights(iterable of (HF name, tensor)) -> set of its names` is loaded through it, as vLLM's models
-are. Any other is loaded by name: HF names are those of its parameters and persistent buffers.
+A module that has `load_weights(iterable of (HF name, tensor)) -> set of its names` is loaded through it, as vLLM's
+models are. Any other is loaded by name: HF names are those of its parameters and persistent buffers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from mbridge.pieces import TensorSpec
 
 from ..errors import EngineMismatchError
-from ..protocol import Invitation
+from ..messages import Invitation
 from ..receiver import Receiver, Target
 from ..recorder import DryRun, dry_run
 from ..transports.base import transport_class

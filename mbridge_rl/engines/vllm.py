@@ -1,8 +1,8 @@
 """vLLM, refitted through its own weight-transfer interface: an in-process `vllm.LLM`, or the URL of a `vllm serve`.
 
 The engine must have been started with `weight_transfer_config={"backend": "mbridge"}` (`--weight-transfer-config
-'{"backend": "mbridge"}'`); vLLM finds the backend through the entry point `vllm.general_plugins`, which calls `register`.
-A server also needs `VLLM_SERVER_DEV_MODE=1` for its weight-transfer routes.
+'{"backend": "mbridge"}'`); vLLM finds the backend through the entry point `vllm.general_plugins`, which calls
+`register`. A server also needs `VLLM_SERVER_DEV_MODE=1` for its weight-transfer routes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..errors import EngineError, EngineGoneError, EngineLoadError
-from ..protocol import Invitation
+from ..messages import Invitation
 from .base import Engine, InFlight
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ class _VLLM(Engine):
 
 
 class VLLMEngine(_VLLM):
-    """An in-process `vllm.LLM` (its EngineCore may be another process). While it is stale, use `generate` of this class:
+    """An in-process `vllm.LLM` (its EngineCore may be another process). While it is stale, use `generate` of this
+    class:
 
-    it raises EngineStaleError. `LLM.generate` itself serves no torn weights either: the scheduler is paused, so it waits.
+    it raises EngineStaleError. `LLM.generate` itself serves no torn weights either: the scheduler is paused, so it
+    waits.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -143,8 +145,8 @@ class VLLMEngine(_VLLM):
             return in_flight
         if self.llm.llm_engine.has_unfinished_requests():
             raise EngineError(
-                "with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM cannot wait for requests in flight: finish them before sync(), or "
-                'pass in_flight="abort" or "keep"'
+                "with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM cannot wait for requests in flight: finish them before "
+                'sync(), or pass in_flight="abort" or "keep"'
             )
         return "abort"
 
@@ -164,7 +166,10 @@ class VLLMEngine(_VLLM):
 
 
 class VLLMServer(_VLLM):
-    """A `vllm serve` at `url`, on this host (shared memory). While it is stale its scheduler is paused: requests wait."""
+    """A `vllm serve` at `url`, on this host (shared memory).
+
+    While it is stale its scheduler is paused: requests wait.
+    """
 
     def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 600.0) -> None:
         self.url = url.rstrip("/")

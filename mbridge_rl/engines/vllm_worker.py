@@ -1,8 +1,8 @@
 """The backend `mbridge` inside a vLLM worker process: vLLM's four weight-transfer calls, forwarded to a Receiver.
 
-Weights go through vLLM's own `load_weights` inside its layerwise reload, with exactly one initialize and one finalize around
-a refit: modules that vLLM post-processes are post-processed again, and kernel tensors keep their addresses. From vLLM 0.26
-on the base class leaves both to the backend.
+Weights go through vLLM's own `load_weights` inside its layerwise reload, with exactly one initialize and one finalize
+around a refit: modules that vLLM post-processes are post-processed again, and kernel tensors keep their addresses. From
+vLLM 0.26 on the base class leaves both to the backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import msgspec
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -22,7 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from mbridge.pieces import TensorSpec
 
 from ..errors import EngineMismatchError
-from ..protocol import Invitation
+from ..messages import Invitation
 from ..receiver import Receiver, Target
 from ..recorder import DryRun, Loader, dry_run
 from ..transports.base import transport_class
@@ -94,13 +96,15 @@ class VLLMTarget(Target):
         self._model_config = vllm_config.model_config
         self._modules = list(model.modules())
         self._tied: list[torch.nn.Module] = []
+        self._aside: list[tuple[Any, Any, Any]] = []  # fused-MoE methods with their kernel and its quantisation config
 
     def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
         aliases = _aliases(self._model)
         with set_current_vllm_config(self._vllm_config), torch.no_grad():
             initialize_layerwise_reload(self._model)
             try:
-                # The loaders themselves, without reload's wrappers, which would process a layer when its tensors are there.
+                # The loaders themselves, without reload's wrappers, which would process a layer when its tensors are
+                # there.
                 for module in self._model.modules():
                     for tensor in (*module._parameters.values(), *module._buffers.values()):
                         _unwrap_loader(tensor)
@@ -129,6 +133,7 @@ class VLLMTarget(Target):
 
     def begin(self) -> None:
         initialize_layerwise_reload(self._model)
+        self._set_packing_kernels_aside()
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         storages: set[int] = set()
@@ -150,7 +155,9 @@ class VLLMTarget(Target):
             if info.can_load() and info.load_numel == 0:
                 info.load_numel_total = 0  # the receiver has checked that nothing is missing: no warning, please
         finalize_layerwise_reload(self._model, self._model_config)
-        # A tied lm_head shares the embedding's memory but not what was made of it after loading (packed weights on CPU).
+        self._put_kernels_back()
+        # A tied lm_head shares the embedding's memory but not what was made of it after loading (packed weights on
+        # CPU).
         for module in self._tied:
             quant_method = getattr(module, "quant_method", None)
             if isinstance(quant_method, QuantizeMethodBase):
@@ -164,9 +171,32 @@ class VLLMTarget(Target):
                 info.loaded_weights.clear()
                 info.load_numel = info.load_numel_total = 0
         finalize_layerwise_reload(self._model, self._model_config)
+        self._put_kernels_back()
+
+    def _set_packing_kernels_aside(self) -> None:
+        """Let unquantised MoE layers whose kernel packs its weights (on CPU) be packed again.
+
+        vLLM 0.32's UnquantizedFusedMoEMethod packs only while it has no kernel yet, so a reload, its own too, leaves raw
+        weights where packed ones are read: wrong tokens, no error. Can go when vLLM packs in both branches of
+        `_setup_kernel`. The kernels are put back afterwards: they refer to the layer's lasting tensors.
+        """
+        for module in self._modules:
+            method = getattr(module, "quant_method", None)
+            if not isinstance(method, UnquantizedFusedMoEMethod):
+                continue
+            kernel = getattr(method, "moe_kernel", None)
+            pack = getattr(getattr(kernel, "fused_experts", None), "process_weights_after_loading", None)
+            if pack is not None and pack.__func__ is not getattr(FusedMoEExperts, pack.__name__, None):
+                self._aside.append((method, kernel, method.moe_quant_config))
+                method.moe_kernel = None
+
+    def _put_kernels_back(self) -> None:
+        for method, kernel, quant_config in self._aside:
+            method.moe_kernel, method.moe_quant_config = kernel, quant_config
+        self._aside.clear()
 
     def _keep_pending(self, storages: set[int]) -> None:
-        """Reload keeps the tensors of a layer until the layer is complete: copy those that the next bucket overwrites."""
+        """Reload keeps a layer's tensors until the layer is complete: copy those that the next bucket overwrites."""
         for module in self._modules:
             for _, call in get_layerwise_info(module).loaded_weights:
                 for key, value in call.arguments.items():

@@ -21,7 +21,10 @@ NUM_SLOTS = 2
 
 
 class Transport(ABC):
-    """Two slots of shared memory. Every call returns at once or raises TransportError; nothing here waits for a peer."""
+    """Two slots of shared memory.
+
+    Every call returns at once or raises TransportError; nothing here waits for a peer.
+    """
 
     name: ClassVar[str]
 
@@ -54,8 +57,12 @@ class Transport(ABC):
 
 
 def transport_class(name: str) -> type[Transport]:
-    """The transport called `name`: the file of that name beside this one, or an entry point of `mbridge_rl.transports`."""
-    builtin = [module.name for module in iter_modules(import_module(__package__).__path__) if module.name != "base"]
+    """The transport called `name`: a file beside this one, or an entry point of `mbridge_rl.transports`."""
+    builtin = [
+        module.name
+        for module in iter_modules(import_module(__package__).__path__)
+        if not module.name.startswith(("_", "base"))
+    ]
     if name in builtin:
         module = import_module(f"{__package__}.{name}")
         found: type[Transport] = module.TRANSPORT

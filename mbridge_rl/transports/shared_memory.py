@@ -1,4 +1,4 @@
-"""Slots in a shared-memory file of one host: every process maps the same pages, so a bucket is never copied to travel."""
+"""Slots in a shared-memory file of one host: all processes map the same pages, so no bucket is copied to travel."""
 
 from __future__ import annotations
 

@@ -328,7 +328,8 @@ def test_config_tokenizer_and_code_come_along_and_nothing_else(tmp_path: Path) -
     shards = shards_for(sharded=False)
     commit(folder, shards, written(folder, shards, 0), config={"other": 1}, source=source)
     assert {path.name for path in folder.iterdir()} == {*kept, SINGLE}
-    assert all((folder / name).read_text() == name for name in kept)
+    assert all((folder / name).read_text() == name for name in kept if name != "config.json")
+    assert json.loads((folder / "config.json").read_text()) == {"other": 1}  # as given, not as it lies in the source
     assert {path.stat().st_mode & 0o007 for path in folder.iterdir()} == {0}
     assert folder.stat().st_mode & 0o007 == 0
 

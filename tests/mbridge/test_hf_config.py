@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,12 @@ def test_neither_a_folder_nor_in_the_cache(name: str, tmp_path: Path, monkeypatc
     with pytest.raises(MBridgeError, match=r"downloads nothing|config\.json") as caught:
         AutoBridge.from_pretrained(name)
     assert isinstance(caught.value, CheckpointError | ConfigError)
+
+
+def test_without_huggingface_hub_a_wrong_folder_is_still_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # its import then fails as if it were not installed
+    with pytest.raises(CheckpointError, match="/no/such/folder is not a folder"):
+        AutoBridge.from_pretrained("/no/such/folder")
 
 
 def test_configs_of_other_kinds(tmp_path: Path) -> None:

@@ -99,3 +99,33 @@ def test_load_and_export(ranks: Any, tmp_path: Path, name: str, stages: str) -> 
     world_size, topology, layers = STAGES[stages]
     results = ranks.run(through_the_bridge, world_size, path=str(tmp_path), name=name, topology=topology, stages=layers)
     assert results == [[]] * world_size
+
+
+def doubled_layers(*, path: str) -> str:
+    from mbridge import AutoBridge, MBridgeError, init_parallel
+    from mbridge.megatron import read_topology
+
+    init_parallel(pp=2)
+    stage = read_topology()[1].pp
+    original = load_file(Path(path) / "model.safetensors")
+    layers = [[0, 1, 2, 3], [2, 3]][stage]
+    held = local_tensors(
+        MODELS["qwen2"], original, rank=0, tp=1, naming="te", layers=layers, first=stage == 0, last=stage == 1
+    )
+    bridge = AutoBridge.from_pretrained(path, dtype=torch.float32)
+    chunk = stand_in(held, layers)
+    bridge.load_weights(chunk, path)
+    try:
+        list(bridge.export_weights(chunk))
+    except MBridgeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "exported"
+
+
+def test_layers_that_two_stages_have_are_an_error_on_both(ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["qwen2"].config()))
+    save_file(MODELS["qwen2"].coded(torch.float32), tmp_path / "model.safetensors")
+    for said in ranks.run(doubled_layers, 2, path=str(tmp_path), timeout_s=40.0):
+        assert said.startswith("PlanError: several pipeline stages have")
+        assert "model.layers.2.input_layernorm.weight" in said
+        assert "model.layers.1." not in said

@@ -1,4 +1,6 @@
-"""A bridge without Megatron: a dict of HF tensors, of which each rank holds a share of the rows in one flat local buffer."""
+"""A bridge without Megatron: a dict of HF tensors, of which each rank holds a share of the rows in one flat local
+buffer.
+"""
 
 from __future__ import annotations
 

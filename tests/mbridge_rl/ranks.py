@@ -1,4 +1,6 @@
-"""Real trainer ranks: `run_ranks` starts processes with a gloo group, runs a function in each, and brings back its outcome."""
+"""Real trainer ranks: `run_ranks` starts processes with a gloo group, runs a function in each, and brings back its
+outcome.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def process_context() -> ForkServerContext:
 
 
 def run_ranks(num_ranks: int, directory: Path, body: Body, *args: Any, timeout_s: float = 60.0) -> list[Outcome]:
-    """Run `body(rank, num_ranks, *args)` in `num_ranks` processes that share a gloo group. None of them outlives this call."""
+    """Run `body(rank, num_ranks, *args)` in `num_ranks` processes that share a gloo group.
+
+    None of them outlives this call.
+    """
     context = process_context()
     store = directory / f"store-{time.monotonic_ns()}"
     pipes, processes = [], []
@@ -89,7 +94,7 @@ def _main(pipe: Connection, rank: int, num_ranks: int, store: str, body: Body, a
         value = body(rank, num_ranks, *args)
     except SyncError as error:
         failure = error
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever it is, the test wants to see it
         failure = RuntimeError(f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
     pipe.send((value, failure, time.monotonic() - started))
     pipe.close()

@@ -10,8 +10,14 @@ from safetensors.torch import load_file
 
 Tensors = dict[str, torch.Tensor]
 # Vocabulary 1000: vLLM pads it to 1024, so that its embedding is complete only at the end of a refit.
-OPTIONS: dict[str, Any] = {"enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 128, "dtype": "bfloat16"}
-PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9] * 6, [11] * 40]
+OPTIONS: dict[str, Any] = {
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+    "max_model_len": 128,
+    "dtype": "bfloat16",
+    "block_size": 32,
+}
+PROMPTS = [[1, 2, 3, 4, 5], [7, 8, 9] * 6, [11] * 70]  # the last one fills blocks of the prefix cache
 Answer = list[tuple[tuple[int, ...], list[dict[int, float]]]]
 
 

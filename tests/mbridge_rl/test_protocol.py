@@ -9,17 +9,13 @@ import msgspec
 import pytest
 
 from mbridge_rl.errors import Failure, SyncError, TrainerLostError, raised
-from mbridge_rl.protocol import (
+from mbridge_rl.messages import (
     Abort,
-    Action,
     AnyMessage,
     Applied,
-    Call,
     Commit,
     Committed,
     Done,
-    EngineCall,
-    EngineState,
     Enter,
     Failed,
     Fill,
@@ -28,11 +24,17 @@ from mbridge_rl.protocol import (
     Hello,
     Load,
     Loaded,
+    Stats,
+)
+from mbridge_rl.protocol import (
+    Action,
+    Call,
+    EngineCall,
+    EngineState,
     Peer,
     Phase,
     Refit,
     Send,
-    Stats,
 )
 
 BUCKETS, TRAINERS, WORKERS, DEADLINE_S = 4, 2, 2, 100.0
@@ -41,7 +43,9 @@ BUCKETS, TRAINERS, WORKERS, DEADLINE_S = 4, 2, 2, 100.0
 class World:
     """Peers and an engine that behave, with one event after the other in an order drawn from `seed`."""
 
-    def __init__(self, seed: int = 0, state: EngineState = EngineState.SERVING, versions: tuple[int, ...] = (8, 8)) -> None:
+    def __init__(
+        self, seed: int = 0, state: EngineState = EngineState.SERVING, versions: tuple[int, ...] = (8, 8)
+    ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self.refit = Refit(
@@ -280,8 +284,8 @@ def test_an_engine_call_that_raises(call: EngineCall) -> None:
     world.silent.add(call)
     while world.calls[-1:] != [call]:
         assert world.step()
-    world.react(world.returned(Failure("EngineLoadError", "moody")))
     world.silent.discard(call)
+    world.react(world.returned(Failure("EngineLoadError", "moody")))
     world.run()
     assert world.refit.phase is Phase.FAILED
     assert world.refit.failure == Failure("EngineLoadError", "moody")
@@ -294,7 +298,7 @@ def test_an_engine_call_that_raises(call: EngineCall) -> None:
 
 
 def test_an_update_that_returns_before_its_workers_have_reported() -> None:
-    """vLLM's RPC and the control channel are two ways: the RPC may come back first, and then the reason is waited for."""
+    """vLLM's RPC and the control channel are two ways: the RPC may come back first; then the reason is waited for."""
     world = World()
     while EngineCall.UPDATE not in world.calls:
         world.step()
@@ -315,7 +319,8 @@ def test_an_engine_that_reports_its_own_death() -> None:
 
 
 @pytest.mark.parametrize(
-    ("versions", "text"), [((7, 7), "already had version 7"), ((8, 9), "rank 0: 8, rank 1: 9"), ((0, 0), "does not grow")]
+    ("versions", "text"),
+    [((7, 7), "already had version 7"), ((8, 9), "rank 0: 8, rank 1: 9"), ((0, 0), "does not grow")],
 )
 @pytest.mark.parametrize("state", [EngineState.SERVING, EngineState.STALE])
 def test_versions(versions: tuple[int, int], text: str, state: EngineState) -> None:

@@ -1,4 +1,6 @@
-"""Whole refits over real sockets and shared memory: trainer ranks are processes, engine workers too (or a module in rank 0)."""
+"""Whole refits over real sockets and shared memory: trainer ranks are processes, engine workers too (or a module in
+rank 0).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,6 @@ from mbridge_rl.errors import (
     VersionError,
 )
 from mbridge_rl.protocol import EngineState
-
 from tests.mbridge_rl.fakes import FakeBridge, Tensors
 from tests.mbridge_rl.ranks import Outcome, run_ranks
 from tests.mbridge_rl.worker_engine import ProcessEngine, Shapes
@@ -458,9 +459,7 @@ def different_plans(rank: int, num_ranks: int, how: str) -> None:
         bridge.pieces = tuple(p for p in bridge.pieces if p.hf_name != "embed")
     if how == "overlap" and rank == 1:
         bridge.pieces = tuple(
-            type(p)(p.hf_name, Box((0, 0), (25, 24)), p.local_name, p.region)
-            if p.hf_name == "embed"
-            else p
+            type(p)(p.hf_name, Box((0, 0), (25, 24)), p.local_name, p.region) if p.hf_name == "embed" else p
             for p in bridge.pieces
         )
     WeightSyncer(bridge, Module() if rank == 0 else None, deadline_s=DEADLINE_S)
@@ -540,7 +539,11 @@ class OtherModel(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("how", "text"),
-    [("less", "no place for 1 of the trainer's 11 tensors, such as head"), ("more", "no tensor for 1 .*extra"), ("shape", "head")],
+    [
+        ("less", "no place for 1 of the trainer's 11 tensors, such as head"),
+        ("more", "no tensor for 1 .*extra"),
+        ("shape", "head"),
+    ],
 )
 def test_an_engine_of_another_model_is_refused_before_anything_is_written(how: str, text: str) -> None:
     module = OtherModel(how)
@@ -570,7 +573,7 @@ def test_what_is_no_engine(engine: object) -> None:
 
 
 def test_an_unknown_transport() -> None:
-    with pytest.raises(TransportError, match="'pigeon'.*shared_memory"):
+    with pytest.raises(TransportError, match=r"'pigeon'.*shared_memory"):
         syncer(0, 1, Module(), transport="pigeon")
 
 

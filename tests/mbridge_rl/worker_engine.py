@@ -1,6 +1,8 @@
-"""An engine whose workers are processes of their own, each with a plain module: as vLLM's are, without vLLM's 30 seconds.
+"""An engine whose workers are processes of their own, each with a plain module: as vLLM's are, without vLLM's 30
+seconds.
 
-Worker i of n loads the columns-or-rows share of every matrix that `Sharded.load_weights` takes, as a tensor-parallel engine would.
+Worker i of n loads the columns-or-rows share of every matrix that `Sharded.load_weights` takes, as a tensor-parallel
+engine would.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from mbridge_rl.engines.base import Engine, InFlight
 from mbridge_rl.engines.module import ModuleTarget
 from mbridge_rl.errors import EngineGoneError
-from mbridge_rl.protocol import Invitation
+from mbridge_rl.messages import Invitation
 from mbridge_rl.receiver import Receiver
 from mbridge_rl.transports.base import transport_class
 from tests.mbridge_rl.ranks import process_context
