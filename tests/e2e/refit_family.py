@@ -37,7 +37,7 @@ CONFIGS = {
     "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **SPARSE, "norm_topk_prob": True, "head_dim": 64},
     "deepseek_v3": {
         "architectures": ["DeepseekV3ForCausalLM"], **MOE, "num_key_value_heads": 4, "n_routed_experts": 8,
-        "n_shared_experts": 1, "kv_lora_rank": 64, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+        "n_shared_experts": 1, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64,
         "v_head_dim": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "num_nextn_predict_layers": 0,
     },

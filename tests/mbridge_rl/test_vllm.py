@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -45,7 +44,7 @@ def run(*command: str, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints a and b, tied; c and d, untied; and what vLLM makes of b."""
     path = tmp_path_factory.mktemp("vllm")
     for name, seed in (("a", 1), ("b", 2)):
@@ -53,7 +52,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, seed in (("c", 3), ("d", 4)):
         make_checkpoint(path / name, seed, tied=False)
     run("-m", SCENARIOS, "reference", str(path), "b")
-    yield path
+    return path
 
 
 def test_torchrun_of_two_refits_the_llm_of_rank_0(directory: Path) -> None:
