@@ -1,4 +1,4 @@
-"""What the bridge itself costs: planning, load_weights and export_weights against the plainest way to move the same bytes.
+"""What the bridge itself costs: planning, load_weights, export_weights, against the plainest way to move the bytes.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/bridge.py --shape qwen2.5-0.5b
 

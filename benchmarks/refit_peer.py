@@ -1,4 +1,4 @@
-"""vLLM's own ways to new weights, called inside its worker: the peers that benchmarks/refit.py measures in the same run.
+"""vLLM's own ways to new weights, called inside its worker: the peers of benchmarks/refit.py in the same run.
 
 `worker_extension_cls="refit_peer.Peer"` adds these methods to vLLM's worker.
 """

@@ -21,8 +21,8 @@ from plot import plot_run
 from tiny_model import make_checkpoint
 
 from mbridge import AutoBridge, destroy_parallel, init_parallel
-from mbridge_rl.syncer import WeightSyncer
 from mbridge_rl.engines.vllm import start_llm
+from mbridge_rl.syncer import WeightSyncer
 
 PROMPTS = ["the sea says ", "a bird sings ", "the wind hums ", "one owl calls "]
 GROUP_SIZE = 32  # replies to each prompt
@@ -36,7 +36,7 @@ def reward(reply: str) -> float:
 
 
 def sample(llm) -> dict[str, torch.Tensor]:
-    """Replies of vLLM to every prompt, as tensors: tokens [n, s], their log-probs by vLLM [n, s-1], mask, rewards [n]."""
+    """Replies of vLLM to every prompt as tensors: tokens [n, s], vLLM's log-probs [n, s-1], mask [n, s-1], rewards [n]."""
     from vllm import SamplingParams
 
     params = SamplingParams(n=GROUP_SIZE, max_tokens=REPLY_TOKENS, logprobs=0, ignore_eos=True)
@@ -65,13 +65,15 @@ def policy_logprobs(model, tokens: torch.Tensor) -> torch.Tensor:
     """Log-prob of each next token under the Megatron policy, [n, s-1]. Both ranks compute it together."""
     inputs, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
     size = inputs.shape[1]
-    positions = torch.arange(size).expand_as(inputs)
-    causal = torch.ones(1, 1, size, size, dtype=torch.bool).triu(1)
+    positions = torch.arange(size, device=tokens.device).expand_as(inputs)
+    causal = torch.ones(1, 1, size, size, dtype=torch.bool, device=tokens.device).triu(1)
     return -model(inputs, positions, causal, labels=labels)
 
 
 def grpo_step(model, optimizer, batch: dict[str, torch.Tensor]) -> float:
     """One clipped policy-gradient step on group-normalised rewards. Returns KL(vLLM || policy) before the step."""
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     groups = batch["rewards"].view(-1, GROUP_SIZE)
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
     log_ratio = (policy_logprobs(model, batch["tokens"]) - batch["logprobs"]) * batch["mask"]

@@ -1,4 +1,4 @@
-"""Makes a small Qwen2 checkpoint with a byte-level tokenizer, saved as any Hugging Face model is. Nothing is downloaded.
+"""Makes a small Qwen2 checkpoint with a byte-level tokenizer, saved as any HF model is. Nothing is downloaded.
 
     python examples/tiny_model.py FOLDER
 

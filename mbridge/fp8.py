@@ -1,7 +1,8 @@
 """Block-scaled fp8 weights on disk (DeepSeek-V3, Kimi-K2): dequantised slice by slice while they are read.
 
 A weight [rows, columns] in float8_e4m3fn comes with `<name>_scale_inv`, float32 of a 128th of that shape, rounded
-up: each block of 128 x 128 elements is multiplied by its scale. Source: inference/kernel.py `weight_dequant` of DeepSeek-V3.
+up: each block of 128 x 128 elements is multiplied by its scale. Source: DeepSeek-V3's inference/kernel.py
+`weight_dequant`.
 """
 
 from __future__ import annotations

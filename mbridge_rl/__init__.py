@@ -1,7 +1,8 @@
 """mbridge_rl: refits live inference engines from sharded Megatron-Core trainers.
 
-Imports go only downwards: syncer > conductor > engines > transports > receiver > recorder, filler > agreement > buckets
-> control > protocol > report > errors. Of mbridge it sees the Bridge it is given, `pieces`, `plan` and `errors`.
+Imports go only downwards: testing > syncer > conductor, follower > engines > transports > receiver > recorder >
+agreement > filler > buckets > control > protocol > messages > report > errors. Of mbridge it sees the Bridge it is
+given, `pieces`, `plan` and `errors`.
 """
 
 from .errors import SyncError

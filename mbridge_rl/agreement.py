@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import torch
 import torch.distributed as dist
 
-from mbridge.pieces import Box, Piece, TensorSpec, check_cover
+from mbridge.pieces import Box, Piece, check_cover
 
 from .buckets import Layout
 from .errors import Failure, PlanMismatchError, raised
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from mbridge.plan import TrainerPlan
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -36,9 +38,7 @@ class Offer(msgspec.Struct, frozen=True):
     address: dict[str, str | int] = {}
 
 
-def agree(
-    mine: Offer, tensors: Sequence[TensorSpec], groups: Sequence[Sequence[str]], group: ProcessGroup | None
-) -> list[Offer]:
+def agree(mine: Offer, plan: TrainerPlan | None, group: ProcessGroup | None) -> list[Offer]:
     """All ranks' offers, or the same error on every rank.
 
     Raises the first rank's own failure; PlanMismatchError if digests differ, naming the first difference; PlanError if
@@ -48,9 +48,11 @@ def agree(
     for offer in offers:
         if offer.failure is not None:
             raise raised(offer.failure)
+    if plan is None:
+        raise PlanMismatchError("this rank has neither a plan nor a reason")
     if len({offer.digest for offer in offers}) > 1:
-        _raise_difference(offers, tensors, groups, group)
-    boxes: dict[str, list[Box]] = {spec.name: [] for spec in tensors}
+        _raise_difference(offers, plan, group)
+    boxes: dict[str, list[Box]] = {spec.name: [] for spec in plan.tensors}
     for rank, offer in enumerate(offers):
         for name, start, stop in offer.owned:
             if name not in boxes:
@@ -58,7 +60,7 @@ def agree(
                     f"trainer rank {rank} owns a piece of {name!r}, which is not in the plan", tensor=name
                 )
             boxes[name].append(Box(start, stop))
-    for spec in tensors:
+    for spec in plan.tensors:
         check_cover(spec.name, spec.shape, boxes[spec.name])
     return offers
 
@@ -73,11 +75,10 @@ def owned_boxes(owned: Sequence[Piece]) -> list[tuple[str, tuple[int, ...], tupl
     return [(piece.hf_name, piece.box.start, piece.box.stop) for piece in owned]
 
 
-def _raise_difference(
-    offers: list[Offer], tensors: Sequence[TensorSpec], groups: Sequence[Sequence[str]], group: ProcessGroup | None
-) -> None:
+def _raise_difference(offers: list[Offer], plan: TrainerPlan, group: ProcessGroup | None) -> NoReturn:
     """All ranks come here together. Compares rank 0's plan with that of the first rank whose digest differs."""
-    lines = [f"{t.name} {list(t.shape)} {t.dtype}" for t in tensors] + [f"fusion group {', '.join(g)}" for g in groups]
+    lines = [f"{t.name} {list(t.shape)} {t.dtype}" for t in plan.tensors]
+    lines += [f"fusion group {', '.join(g)}" for g in plan.fusion_groups]
     plans = [msgspec.msgpack.decode(p, type=list[str]) for p in exchange(msgspec.msgpack.encode(lines), group)]
     other = next(rank for rank, offer in enumerate(offers) if offer.digest != offers[0].digest)
     pairs = zip([*plans[0], *[""] * len(plans[other])], [*plans[other], *[""] * len(plans[0])], strict=True)

@@ -87,7 +87,7 @@ def plan_buckets(
 
     sizes = [sum(_room(tensors[t].num_bytes) for t in group) for group in groups]
     target, capacity = _sizes(sizes, bucket_bytes)
-    capacity = max(capacity, max((_aligned(_row_bytes(spec)) for spec in tensors), default=0))
+    capacity = max(capacity, max((aligned(_row_bytes(spec)) for spec in tensors), default=0))
     cursor = _Cursor()
     for group, size in zip(groups, sizes, strict=True):
         if size <= capacity:
@@ -219,9 +219,9 @@ def _sizes(group_bytes: list[int], bucket_bytes: int | None) -> tuple[int, int]:
     """(bytes after which a bucket is closed, most bytes in a bucket)."""
     total, largest = sum(group_bytes), max(group_bytes, default=0)
     if bucket_bytes is not None:
-        size = max(_aligned(min(bucket_bytes, total)), ALIGNMENT)
+        size = max(aligned(min(bucket_bytes, total)), ALIGNMENT)
         return size, size
-    target = _aligned(min(max(total // NUM_TARGET_BUCKETS, 1 << 20), DEFAULT_LIMIT_BYTES))
+    target = aligned(min(max(total // NUM_TARGET_BUCKETS, 1 << 20), DEFAULT_LIMIT_BYTES))
     return target, min(max(target, largest), DEFAULT_LIMIT_BYTES)
 
 
@@ -235,8 +235,9 @@ def _row_bytes(spec: TensorSpec) -> int:
 
 def _room(num_bytes: int) -> int:
     """Bytes that a part takes up in a bucket: an empty tensor still has a place."""
-    return max(_aligned(num_bytes), ALIGNMENT)
+    return max(aligned(num_bytes), ALIGNMENT)
 
 
-def _aligned(num_bytes: int) -> int:
+def aligned(num_bytes: int) -> int:
+    """`num_bytes` rounded up to ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -11,23 +11,26 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from .control import Hub, Lost, Received, host_id
+from .control import Hub, Lost, Received, Woken, host_id
 from .engines._thread import EngineThread
 from .engines.base import Engine, InFlight
 from .errors import (
     DeadlineError,
+    EngineError,
     EngineGoneError,
     EngineMismatchError,
     Failure,
     SyncError,
     TrainerLostError,
+    as_failure,
     raised,
 )
 from .messages import (
     Abort,
+    Alive,
     AnyMessage,
     Attached,
     Connected,
@@ -47,6 +50,7 @@ from .protocol import Action, Call, EngineCall, EngineState, Peer, Phase, Refit
 ME = Peer("trainer", 0)
 ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
 DETACH_S = 5.0
+BEAT_S = 5.0  # how often the others hear that rank 0 still waits; a quarter of the deadline if that is less
 Arrived = Callable[[Peer, AnyMessage], None]
 _log = logging.getLogger(__name__)
 
@@ -56,33 +60,34 @@ class Conductor:
 
     def __init__(
         self,
-        hub: Hub,
         engine: Engine,
         *,
         num_trainers: int,
         deadline_s: float,
         in_flight: InFlight,
         reset_prefix_cache: bool,
+        address: str | None,
     ) -> None:
-        self.engine = engine
-        self._hub, self._num_trainers, self._deadline_s = hub, num_trainers, deadline_s
+        self.engine, self.hub = engine, Hub(address)
+        self._num_trainers, self._deadline_s = num_trainers, deadline_s
         self._in_flight, self._reset_prefix_cache = in_flight, reset_prefix_cache
-        self._num_workers = 0
+        self._num_workers = self._num_buckets = self._version = 0
         self._is_attached = False
         self._routes: dict[Peer, bytes] = {}
         self._peers: dict[bytes, Peer] = {}
-        self._early: list[
-            tuple[Peer, AnyMessage]
-        ] = []  # of the next attempt: from a rank that gave up sooner than we did
-        self._calls = EngineThread(hub.wake)
+        # Messages of the next attempt, from a rank that gave up sooner than rank 0 did.
+        self._early: list[tuple[Peer, AnyMessage]] = []
+        self._calls = EngineThread(self.hub.wake)
         self._broken: Failure | None = None  # why no later refit can succeed
         self._copy_limit_gb_s: float | None = None
+        self._beat_s = min(BEAT_S, deadline_s / 4)
+        self._next_beat = 0.0
 
     # --- connecting --------------------------------------------------------------------------------------------------
 
     def connect(self, set_up: SetUp, copy_limit_gb_s: float | None) -> Connected:
         """Have all trainers and the engine's workers connect, and tell the trainers. Raises SyncError."""
-        self._copy_limit_gb_s = copy_limit_gb_s
+        self._copy_limit_gb_s, self._num_buckets = copy_limit_gb_s, set_up.num_buckets
         answer: Connected | Abort
         try:
             answer = self._attach_workers(set_up)
@@ -93,23 +98,26 @@ class Conductor:
             self._wait_until(lambda: len(self._trainers) == self._num_trainers - 1, "every trainer rank to connect")
         except SyncError as error:
             answer = Abort(0, error.failure) if isinstance(answer, Connected) else answer
-        self._hub.hide_endpoint()
+        self.hub.hide_endpoint()
         for peer in self._trainers:
-            self._hub.send(self._routes[peer], answer)
+            self.hub.send(self._routes[peer], answer)
         if isinstance(answer, Abort):
             raise raised(answer.failure)
+        self._version = answer.version
         return answer
 
     def _attach_workers(self, set_up: SetUp) -> Connected:
-        invitation = Invitation(self._hub.endpoint, self._hub.token, os.getpid(), host_id(), self._deadline_s)
+        invitation = Invitation(self.hub.endpoint, self.hub.token, os.getpid(), host_id(), self._deadline_s)
         self._num_workers = int(self._call(self.engine.num_workers, "the engine to answer"))
+        if self._num_workers < 1:
+            raise EngineError(f"{self.engine.name} has no workers", phase="connect")
         hellos: dict[Peer, Hello] = {}
         unused: dict[Peer, list[str]] = {}
 
         def arrived(peer: Peer, message: AnyMessage) -> None:
             if isinstance(message, Hello) and peer.role == "worker":
                 hellos[peer] = message
-                self._hub.send(self._routes[peer], set_up)
+                self.hub.send(self._routes[peer], set_up)
             elif isinstance(message, Attached):
                 self._is_attached = True
                 unused[peer] = message.unused
@@ -159,7 +167,7 @@ class Conductor:
             left = end - time.monotonic()
             if left <= 0:
                 raise DeadlineError(f"waited {patience_s:g} s for {what}", origin="trainer rank 0", phase="connect")
-            for event in self._hub.wait(left):
+            for event in self._wait(left, attempt=0):
                 match event:
                     case Received(_, Failed(failure=failure)):
                         raise raised(failure)
@@ -172,6 +180,18 @@ class Conductor:
                         kind = EngineGoneError if self._peers[route].role == "worker" else TrainerLostError
                         raise kind("died while connecting", origin=str(self._peers[route]), phase="connect")
 
+    def _wait(self, timeout_s: float, attempt: int) -> Iterator[Received | Lost | Woken]:
+        """What has happened, or nothing after `timeout_s` or a beat.
+
+        Tells the others now and then that rank 0 is there.
+        """
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + self._beat_s
+            for route in self._peers:
+                self.hub.send(route, Alive(attempt))
+        return self.hub.wait(min(timeout_s, self._beat_s))
+
     def _register(self, route: bytes, hello: Hello) -> None:
         peer = Peer(hello.role, hello.index)
         if peer in self._routes or route in self._peers:
@@ -179,7 +199,7 @@ class Conductor:
             return
         self._routes[peer], self._peers[route] = route, peer
         if hello.host == host_id():
-            self._hub.watch(route, hello.pid)
+            self.hub.watch(route, hello.pid)
 
     @property
     def _trainers(self) -> list[Peer]:
@@ -192,23 +212,21 @@ class Conductor:
         self,
         attempt: int,
         version: int,
-        last_version: int,
-        num_buckets: int,
         begin: Callable[[], None],
         fill: Callable[[int], None],
     ) -> Done:
         """One refit as trainer rank 0: `begin` looks the sources up, `fill(k)` copies rank 0's part of bucket k."""
         if self._broken is not None:
             for peer in self._trainers:
-                self._hub.send(self._routes[peer], Abort(attempt, self._broken))
+                self.hub.send(self._routes[peer], Abort(attempt, self._broken))
             raise raised(self._broken)
         refit = Refit(
             attempt=attempt,
-            last_version=last_version,
+            last_version=self._version,
             state=self.engine.state,
             num_trainers=self._num_trainers,
             num_workers=self._num_workers,
-            num_buckets=num_buckets,
+            num_buckets=self._num_buckets,
             deadline_s=self._deadline_s,
             now=time.monotonic(),
         )
@@ -231,13 +249,13 @@ class Conductor:
             raise raised(refit.failure)
         done = Done(attempt, refit.version, self._stats(refit))
         for peer in self._trainers:
-            self._hub.send(self._routes[peer], done)
+            self.hub.send(self._routes[peer], done)
         return done
 
     def _pump(self, refit: Refit, mine: deque[Fill], fill: Callable[[int], None]) -> None:
         """Turn what happens into events of `refit` until it is over. `mine`: Fill messages for rank 0 itself."""
         while not refit.finished:
-            for event in self._hub.wait(0 if mine else refit.deadline - time.monotonic()):
+            for event in self._wait(0 if mine else refit.deadline - time.monotonic(), refit.attempt):
                 match event:
                     case Received(route, message) if route in self._peers:
                         self._carry_out(refit, self._deliver(refit, self._peers[route], message), mine)
@@ -255,7 +273,7 @@ class Conductor:
         try:
             begin()
         except SyncError as error:
-            return refit.fail(_mine(error, refit), time.monotonic())
+            return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         return refit.receive(ME, Enter(refit.attempt, version), time.monotonic())
 
     def _fill_one(self, refit: Refit, message: Fill, fill: Callable[[int], None]) -> list[Action]:
@@ -265,7 +283,7 @@ class Conductor:
         try:
             fill(message.bucket)
         except SyncError as error:
-            return refit.fail(_mine(error, refit), time.monotonic())
+            return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         now = time.monotonic()
         return refit.receive(ME, Filled(refit.attempt, message.bucket, now - started), now)
 
@@ -280,7 +298,7 @@ class Conductor:
             if isinstance(action, Call):
                 self._calls.start(self._engine_call(action.call, refit))
             elif action.peer != ME:
-                if not self._hub.send(self._routes[action.peer], action.message) and not isinstance(
+                if not self.hub.send(self._routes[action.peer], action.message) and not isinstance(
                     action.message, Abort
                 ):
                     self._carry_out(
@@ -306,6 +324,8 @@ class Conductor:
     def _settle(self, refit: Refit) -> None:
         """What this refit leaves for the next."""
         self.engine.state, self.engine.failure = refit.state, refit.failure
+        if refit.failure is None:
+            self._version = refit.version
         if refit.lost_peer is not None or refit.state is EngineState.GONE:
             self._broken = refit.lost_peer or refit.failure
 
@@ -329,15 +349,8 @@ class Conductor:
     def close(self) -> None:
         """Say Goodbye to everyone and let the engine detach."""
         for route in self._peers:
-            self._hub.send(route, Goodbye())
+            self.hub.send(route, Goodbye())
         if self._is_attached and not self._calls.is_busy and self.engine.state is not EngineState.GONE:
             self._calls.start(self.engine.detach)
             self._calls.join(DETACH_S)
-        self._hub.close()
-
-
-def _mine(error: SyncError, refit: Refit) -> Failure:
-    failure = error.failure
-    return Failure(
-        failure.kind, failure.message, failure.origin or str(ME), failure.phase or refit.phase, failure.tensor
-    )
+        self.hub.close()

@@ -106,6 +106,14 @@ def raised(failure: Failure) -> SyncError:
     return cls(failure.message, origin=failure.origin, phase=failure.phase, tensor=failure.tensor)
 
 
+def as_failure(error: BaseException, origin: str, phase: str = "") -> Failure:
+    """`error` in plain strings, to tell others. `origin` and `phase` fill in what it does not say itself."""
+    if isinstance(error, SyncError):
+        own = error.failure
+        return Failure(own.kind, own.message, own.origin or origin, own.phase or phase, own.tensor)
+    return Failure("SyncError", f"{type(error).__name__}: {error}", origin, phase)
+
+
 def _tree(cls: type[SyncError]) -> Iterator[type[SyncError]]:
     yield cls
     for child in cls.__subclasses__():

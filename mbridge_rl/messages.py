@@ -105,6 +105,12 @@ class Connected(Message, frozen=True):
     num_workers: int
 
 
+class Alive(Message, frozen=True):
+    """Rank 0 is there and waits for others: do not give up."""
+
+    attempt: int
+
+
 class Fill(Message, frozen=True):
     attempt: int
     bucket: int
@@ -156,6 +162,7 @@ AnyMessage = (
     | Goodbye
     | SetUp
     | Connected
+    | Alive
     | Fill
     | Load
     | Commit

@@ -12,7 +12,8 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,19 +21,20 @@ import torch
 
 from mbridge.pieces import TensorSpec
 
-from .buckets import Layout, Part, part_view, read_set_up
+from .buckets import Layout, Part, aligned, part_view, read_set_up
 from .control import Link, host_id
 from .errors import (
     EngineBusyError,
     EngineLoadError,
     EngineMismatchError,
     EngineStaleError,
-    Failure,
     ProtocolError,
     SyncError,
+    as_failure,
 )
 from .messages import (
     Abort,
+    Alive,
     Applied,
     Attached,
     Commit,
@@ -54,6 +56,8 @@ T = TypeVar("T")
 
 class Target(ABC):
     """An engine worker's model, as the receiver sees it. All calls come from one thread and block until done."""
+
+    kept_bytes: int = 0  # that the last refit held beside the model and the buckets
 
     @abstractmethod
     def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
@@ -97,6 +101,7 @@ class _Session:
     slots: Slots
     layout: Layout
     program: list[list[tuple[Part, torch.Tensor]]]  # per bucket: each part and its view of the slot
+    assembly: Assembly
     examined: DryRun
 
 
@@ -107,6 +112,7 @@ class Receiver:
         self.version = 0  # of the last commit; 0 is what the engine started with
         self.is_stale = False
         self._target, self._index, self._open_slots = target, index, open_slots
+        self._me = f"engine worker {index} (process {os.getpid()})"
         self._session: _Session | None = None
         self._session_open = False  # the engine's own update session: between open_session and close_session
         self._pending: int | None = None  # version that close_session will make the engine's
@@ -126,7 +132,7 @@ class Receiver:
             )
             self._session = self._set_up(link, invitation)
         except SyncError as error:
-            link.send(Failed(0, self._blame(error, "connect")))
+            link.send(Failed(0, as_failure(error, self._me, "connect")))
             link.close()
             return
         unused = [t.name for t in self._session.layout.tensors if t.name not in self._session.examined.consumed]
@@ -146,9 +152,9 @@ class Receiver:
         try:
             self._refit(session, attempt)
         except SyncError as error:
-            self._target.abandon()
             _log.error("refit %d failed, the engine is stale: %s", attempt, error)
-            session.link.send(Failed(attempt, self._blame(error, "stream")))
+            self._abandon()
+            session.link.send(Failed(attempt, as_failure(error, self._me, "stream")))
             return
         self._pending = version
 
@@ -183,7 +189,7 @@ class Receiver:
         if not isinstance(message, SetUp):
             raise ProtocolError(f"expected SetUp, got {type(message).__name__}")
         layout = read_set_up(message)
-        examined = self._target.examine(layout.tensors)
+        examined = self._guard(lambda: self._target.examine(layout.tensors), "examine the tensors")
         twice = [pair for pair in examined.twice if not layout.optional_names.intersection(pair)]
         if twice:
             pairs = ", ".join(f"{a} and {b}" for a, b in twice[:5])
@@ -196,13 +202,14 @@ class Receiver:
             [(part, part_view(views[part.bucket % len(views)], layout.tensors[part.tensor], part)) for part in bucket]
             for bucket in layout.by_bucket()
         ]
-        return _Session(link, invitation, slots, layout, program, examined)
+        return _Session(link, invitation, slots, layout, program, Assembly(layout), examined)
 
     def _refit(self, session: _Session, attempt: int) -> None:
+        assembly = session.assembly
+        assembly.restart()
         started = time.perf_counter()
-        self._target.begin()
+        self._guard(self._target.begin, "begin the update")
         begin_s = time.perf_counter() - started
-        assembly = Assembly(session.layout)
         loaded: set[str] = set()
         for bucket in range(session.layout.num_buckets):
             self._expect(session, attempt, Load, f"bucket {bucket}", bucket)
@@ -217,37 +224,50 @@ class Receiver:
                 f"the engine's loader wrote other parameters than planned: missing {missing[:5]}, extra {extra[:5]}"
             )
         self._guard(self._target.finish, "finish the update")
-        session.link.send(Applied(attempt, begin_s + time.perf_counter() - started, assembly.peak_bytes))
+        seconds = begin_s + time.perf_counter() - started
+        session.link.send(Applied(attempt, seconds, assembly.num_bytes + self._target.kept_bytes))
         self._expect(session, attempt, Commit, "Commit", None)
         session.link.send(Committed(attempt))
 
+    def _abandon(self) -> None:
+        try:
+            self._guard(self._target.abandon, "abandon the update")
+        except SyncError as error:
+            _log.error("%s", error)  # the refit's own error is the one to report
+
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        current: list[str] = []
+        current: list[str | None] = [None]  # the tensor that the loader has in hand
+        exhausted = False
 
         def named() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal exhausted
             for name, tensor in tensors:
-                current[:] = [name]
+                current[0] = name
                 yield name, tensor
-            current[:] = []
+            current[0], exhausted = None, True
 
-        return self._guard(lambda: self._target.load(named()), "load", current)
+        loaded = self._guard(lambda: self._target.load(named()), "load", current)
+        if not exhausted:
+            raise EngineLoadError("the engine's loader stopped before the last tensor", tensor=current[0])
+        return loaded
 
-    def _guard(self, call: Callable[[], T], what: str, current: list[str] | None = None) -> T:
+    def _guard(self, call: Callable[[], T], what: str, current: Sequence[str | None] = (None,)) -> T:
+        """Make a call into the engine's code. It may raise anything; that becomes one typed error."""
         try:
             return call()
+        except SyncError:
+            raise
         except Exception as error:
-            tensor = current[0] if current else None
-            raise EngineLoadError(
-                f"the engine failed to {what}: {type(error).__name__}: {error}", phase="stream", tensor=tensor
-            ) from error
+            message = f"the engine failed to {what}: {type(error).__name__}: {error}"
+            raise EngineLoadError(message, tensor=current[0]) from error
 
     def _expect(
         self, session: _Session, attempt: int, kind: type[Load] | type[Commit], what: str, bucket: int | None
     ) -> None:
         while True:
             message = session.link.recv(session.invitation.deadline_s + GRACE_S, what)
-            if getattr(message, "attempt", attempt) < attempt:
-                continue  # left over from a refit that failed
+            if isinstance(message, Alive) or getattr(message, "attempt", attempt) < attempt:
+                continue  # rank 0 waits for others; or left over from a refit that failed
             if isinstance(message, Abort):
                 failure = message.failure
                 raise EngineStaleError(
@@ -257,40 +277,45 @@ class Receiver:
                 return
             raise ProtocolError(f"expected {kind.__name__} ({what}), got {message!r}")
 
-    def _blame(self, error: SyncError, phase: str) -> Failure:
-        failure = error.failure
-        origin = failure.origin or f"engine worker {self._index} (process {os.getpid()})"
-        return Failure(failure.kind, failure.message, origin, failure.phase or phase, failure.tensor)
-
 
 class Assembly:
-    """Puts the tensors of fusion groups that lie in several buckets together again; whole groups pass as they are."""
+    """Puts the tensors of fusion groups that lie in several buckets together again; whole groups pass as they are.
+
+    Groups come one after the other, so one buffer of the largest such group serves them all, refit after refit.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._group_of = {t: group for group in layout.split_groups for t in group}
-        self._left: dict[tuple[int, ...], int] = {}
-        for part in layout.parts:
-            if part.tensor in self._group_of:
-                group = self._group_of[part.tensor]
-                self._left[group] = self._left.get(group, 0) + 1
-        self._buffers: dict[int, torch.Tensor] = {}
-        self.peak_bytes = 0
+        self._num_parts = Counter(self._group_of[p.tensor] for p in layout.parts if p.tensor in self._group_of)
+        self._left = dict(self._num_parts)
+        self._tensors: dict[int, torch.Tensor] = {}
+        self.num_bytes = 0
+        for group in layout.split_groups:
+            self.num_bytes = max(self.num_bytes, sum(aligned(layout.tensors[t].num_bytes) for t in group))
+        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)  # zeros: its pages are there before the first refit
+        for group in layout.split_groups:
+            offset = 0
+            for t in group:
+                spec = layout.tensors[t]
+                self._tensors[t] = buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
+                offset += aligned(spec.num_bytes)
+
+    def restart(self) -> None:
+        """A refit begins; the last one may have been left in the middle."""
+        self._left = dict(self._num_parts)
 
     def ready(self, bucket: list[tuple[Part, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every (HF name, whole tensor) that is complete with the parts of this bucket."""
+        """Every (HF name, whole tensor) that is complete with the parts of this bucket. Valid until the next call."""
         for part, view in bucket:
             spec = self._layout.tensors[part.tensor]
             group = self._group_of.get(part.tensor)
             if group is None:
                 yield spec.name, view
                 continue
-            if part.start == 0:
-                self._buffers[part.tensor] = torch.empty(spec.shape, dtype=spec.dtype)
-                self.peak_bytes = max(self.peak_bytes, sum(b.nbytes for b in self._buffers.values()))
-            buffer = self._buffers[part.tensor]
-            (buffer[part.start : part.stop] if spec.shape else buffer).copy_(view)
+            whole = self._tensors[part.tensor]
+            (whole[part.start : part.stop] if spec.shape else whole).copy_(view)
             self._left[group] -= 1
             if self._left[group] == 0:
                 for t in group:
-                    yield self._layout.tensors[t].name, self._buffers.pop(t)
+                    yield self._layout.tensors[t].name, self._tensors[t]

@@ -1,8 +1,9 @@
 """WeightSyncer: plans once, connects, and refits an engine at every `sync()`.
 
-Every trainer rank builds one. Rank 0 drives the engine and conducts the refit (conductor.py); all ranks, rank 0
-included, fill the buckets with the pieces they own. torch.distributed is used only while it is built, to agree on the
-plan: a refit itself goes over the control channel, where every wait has a deadline and a dead process is an event.
+Every trainer rank builds one. Rank 0 drives the engine and conducts the refit (conductor.py), the others follow
+(follower.py); all of them fill the buckets with the pieces they own. torch.distributed is used only while it is built,
+to agree on the plan: a refit itself goes over the control channel, where every wait has a deadline and a dead process
+is an event.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import msgspec
 import torch
 
 from mbridge.errors import MBridgeError
@@ -21,22 +22,12 @@ from mbridge.errors import MBridgeError
 from .agreement import Offer, agree, digest_of, owned_boxes, world
 from .buckets import Layout, plan_buckets, write_set_up
 from .conductor import Conductor
-from .control import Hub, Link, host_id
+from .control import host_id
 from .engines.base import InFlight, as_engine
-from .errors import Failure, ProtocolError, SyncError, TrainerLostError, TransportError, raised
+from .errors import SyncError, TransportError, as_failure
 from .filler import Filler
-from .messages import (
-    Abort,
-    Connected,
-    Done,
-    Enter,
-    Failed,
-    Fill,
-    Filled,
-    Goodbye,
-    Hello,
-)
-from .receiver import GRACE_S
+from .follower import Follower
+from .messages import Done
 from .report import SyncReport
 from .transports.base import NUM_SLOTS, Transport, transport_class
 
@@ -72,9 +63,10 @@ class WeightSyncer:
         deadline_s: longest time without progress, in any wait, before a refit fails on all ranks.
         bucket_bytes: size of a bucket; two are allocated. By default chosen from the model's size.
         reset_prefix_cache: drop what the engine cached of older weights, after each commit.
-        in_flight: "wait" for requests in flight before a refit, "abort" them, or "keep" them (they go on with new
-        weights). group: process group of the trainer ranks, by default the whole job. Used only here. control_address:
-        where rank 0 listens, such as "tcp://127.0.0.1:*"; by default a private Unix socket.
+        in_flight: "wait" for requests in flight before a refit, "abort" them, or "keep" them (they go on with the new
+            weights).
+        group: process group of the trainer ranks, by default the whole job. Used only here.
+        control_address: where rank 0 listens, such as "tcp://127.0.0.1:*"; by default a private Unix socket.
 
     Raises SyncError (or PlanError) with the same words on every rank: PlanMismatchError, EngineBusyError,
     EngineMismatchError, EngineGoneError, TransportError, DeadlineError.
@@ -99,18 +91,33 @@ class WeightSyncer:
         if deadline_s <= 0:
             raise ValueError(f"deadline_s must be positive, found {deadline_s}")
         self.rank, self.num_trainers = world(group)
-        self.version = 0
+        self.version = 0  # what the engine serves
+        self.layout: Layout
         self._bridge, self._models, self._deadline_s = bridge, models, deadline_s
         self._attempt, self._closed = 0, False
-        self._broken: Failure | None = None
         self._slots: Transport | None = None
-        self._conductor: Conductor | None = None
-        self._link: Link | None = None
+        self._side: Conductor | Follower | None = None  # on rank 0; on the others
+
+        def conductor() -> Conductor:
+            return Conductor(
+                as_engine(engine),
+                num_trainers=self.num_trainers,
+                deadline_s=deadline_s,
+                in_flight=in_flight,
+                reset_prefix_cache=reset_prefix_cache,
+                address=control_address,
+            )
+
         try:
-            self._connect(engine, transport, bucket_bytes, group, control_address, in_flight, reset_prefix_cache)
+            self._connect(conductor, "shared_memory" if transport == "auto" else transport, bucket_bytes, group)
         except BaseException:
             self.close()
             raise
+
+    @property
+    def models(self) -> Sequence[Any]:
+        """The Megatron chunks this syncer sends."""
+        return self._bridge.models if self._models is None else self._models
 
     def sync(self, version: int | None = None) -> SyncReport:
         """Refit the engine with the trainer's current weights, as `version` (default: the last one plus 1).
@@ -119,16 +126,12 @@ class WeightSyncer:
         then the engine serves what it served (if nothing had been written), or is stale and stays paused until a later
         sync.
         """
-        if self._closed:
+        if self._closed or self._side is None:
             raise SyncError("this WeightSyncer is closed")
         self._attempt += 1
         version = self.version + 1 if version is None else version
         try:
-            done = self._conduct(version) if self._conductor is not None else self._follow(version)
-        except SyncError as error:
-            if isinstance(error, TrainerLostError):
-                self._broken = error.failure
-            raise
+            done = self._side.run(self._attempt, version, self._begin, self._fill)
         finally:
             self._filler.end()
         self.version = done.version
@@ -139,11 +142,8 @@ class WeightSyncer:
         if self._closed:
             return
         self._closed = True
-        if self._conductor is not None:
-            self._conductor.close()
-        if self._link is not None:
-            self._link.send(Goodbye())
-            self._link.close()
+        if self._side is not None:
+            self._side.close()
         if self._slots is not None:
             self._slots.close()
 
@@ -155,135 +155,53 @@ class WeightSyncer:
     ) -> None:
         self.close()
 
-    # --- building ----------------------------------------------------------------------------------------------------
-
     def _connect(
-        self,
-        engine: object,
-        transport: str,
-        bucket_bytes: int | None,
-        group: ProcessGroup | None,
-        control_address: str | None,
-        in_flight: InFlight,
-        reset_prefix_cache: bool,
+        self, conductor: Callable[[], Conductor], transport: str, bucket_bytes: int | None, group: ProcessGroup | None
     ) -> None:
-        kind = "shared_memory" if transport == "auto" else transport
-        failure, plan, layout, hub, address = None, None, None, None, {}
+        mine, plan, layout = self._offer(conductor, transport, bucket_bytes)
+        offers = agree(mine, plan, group)
+        if plan is None or layout is None:
+            raise AssertionError("agree() raises when a rank has no plan")
+        if any(offer.host != offers[0].host for offer in offers):
+            raise TransportError(f"trainer ranks run on several hosts; transport {transport!r} needs them on one")
+        self.layout = layout
+        if self._side is None:
+            self._side = Follower(offers[0], self.rank, self._deadline_s)
+            try:
+                self._slots = transport_class(transport).open(offers[0].address)
+            except TransportError as error:
+                self._side.report(error)
+                raise
+        if self._slots is None:
+            raise AssertionError("rank 0 has made its slots with its offer")
+        slots = [self._slots.slot(i) for i in range(NUM_SLOTS)]
+        self._filler = Filler(layout, plan.owned, slots)
+        if isinstance(self._side, Follower):
+            self.version = self._side.connect().version
+        else:
+            set_up = write_set_up(layout, transport, self._slots.address)
+            self.version = self._side.connect(set_up, _copy_limit(slots)).version
+            self._slots.everyone_attached()
+
+    def _offer(
+        self, conductor: Callable[[], Conductor], transport: str, bucket_bytes: int | None
+    ) -> tuple[Offer, TrainerPlan | None, Layout | None]:
+        """This rank's offer and plan. If it cannot plan, the offer says why: the other ranks wait for it."""
         try:
             plan = self._bridge.plan(self.models)
             layout = plan_buckets(plan.tensors, plan.fusion_groups, bucket_bytes, plan.optional_names)
+            digest = digest_of(plan.digest, layout)
+            offer = Offer(digest=digest, owned=owned_boxes(plan.owned), pid=os.getpid(), host=host_id())
             if self.rank == 0:
-                resolved = as_engine(engine)
-                self._slots = transport_class(kind).create(layout.bucket_bytes)
-                address = self._slots.address
-                hub = Hub(control_address)
-                self._conductor = Conductor(
-                    hub,
-                    resolved,
-                    num_trainers=self.num_trainers,
-                    deadline_s=self._deadline_s,
-                    in_flight=in_flight,
-                    reset_prefix_cache=reset_prefix_cache,
-                )
+                self._side = conductor()
+                self._slots = transport_class(transport).create(layout.bucket_bytes)
+                hub, address = self._side.hub, self._slots.address
+                offer = msgspec.structs.replace(offer, endpoint=hub.endpoint, token=hub.token, address=address)
         except MBridgeError as error:
-            # The other ranks wait in `agree`: they get this error too.
-            failure = _failure(error, f"trainer rank {self.rank}")
             if self.num_trainers == 1:
                 raise
-        offer = Offer(
-            failure=failure,
-            digest=digest_of(plan.digest, layout) if plan and layout else "",
-            owned=owned_boxes(plan.owned) if plan else [],
-            pid=os.getpid(),
-            host=host_id(),
-            endpoint=hub.endpoint if hub else "",
-            token=hub.token if hub else "",
-            address=address,
-        )
-        offers = agree(offer, plan.tensors if plan else (), plan.fusion_groups if plan else (), group)
-        if plan is None or layout is None:
-            raise AssertionError("agree() raises when a rank has no plan")
-        self.layout: Layout = layout
-        if any(other.host != offers[0].host for other in offers) and kind == "shared_memory":
-            raise TransportError(f"trainer ranks run on several hosts; transport {kind!r} needs them on one")
-        if self._conductor is None:
-            self._join(offers[0], transport_class(kind))
-        assert self._slots is not None
-        slots = [self._slots.slot(i) for i in range(NUM_SLOTS)]
-        self._filler = Filler(layout, plan.owned, slots)
-        if self._conductor is not None:
-            limit = _copy_limit(slots)
-            connected = self._conductor.connect(write_set_up(layout, kind, self._slots.address), limit)
-            self._slots.everyone_attached()
-        else:
-            connected = self._await_connected()
-        self.version = connected.version
-
-    def _join(self, hub: Offer, transport: type[Transport]) -> None:
-        self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host)
-        self._link.send(Hello("trainer", self.rank, os.getpid(), host_id()))
-        try:
-            self._slots = transport.open(hub.address)
-        except TransportError as error:
-            self._link.send(Failed(0, _failure(error, f"trainer rank {self.rank}")))
-            raise
-
-    def _await_connected(self) -> Connected:
-        assert self._link is not None
-        message = self._link.recv(self._deadline_s + GRACE_S, "the engine to connect")
-        if isinstance(message, Abort):
-            raise raised(message.failure)
-        if not isinstance(message, Connected):
-            raise ProtocolError(f"expected Connected, got {type(message).__name__}")
-        return message
-
-    @property
-    def models(self) -> Sequence[Any]:
-        """The Megatron chunks this syncer sends."""
-        return self._bridge.models if self._models is None else self._models
-
-    # --- one refit ---------------------------------------------------------------------------------------------------
-
-    def _conduct(self, version: int) -> Done:
-        assert self._conductor is not None
-        return self._conductor.run(
-            self._attempt, version, self.version, self.layout.num_buckets, self._begin, self._fill
-        )
-
-    def _follow(self, version: int) -> Done:
-        link, attempt = self._link, self._attempt
-        assert link is not None
-        if self._broken is not None:
-            raise raised(self._broken)
-        try:
-            self._reporting(self._begin)
-            link.send(Enter(attempt, version))
-            while True:
-                match link.recv(self._deadline_s + GRACE_S, "the next step of the refit"):
-                    case Fill(attempt=a, bucket=bucket) if a == attempt:
-                        started = time.perf_counter()
-                        if self._reporting(partial(self._fill, bucket)):
-                            link.send(Filled(attempt, bucket, time.perf_counter() - started))
-                    case Done(attempt=a) as done if a == attempt:
-                        return done
-                    case Abort(attempt=a, failure=failure) if a == attempt:
-                        raise raised(failure)
-                    case message if getattr(message, "attempt", attempt) >= attempt:
-                        raise ProtocolError(f"rank {self.rank} got {type(message).__name__} during a refit")
-        except BaseException as error:  # also Ctrl-C
-            # Rank 0 knows already (Abort) and ignores this, or learns now why this rank leaves.
-            link.send(Failed(attempt, _failure(error, f"trainer rank {self.rank}")))
-            raise
-
-    def _reporting(self, step: Callable[[], None]) -> bool:
-        """Whether `step` succeeded. If not, rank 0 is told; its Abort then comes back to this rank as to all others."""
-        assert self._link is not None
-        try:
-            step()
-        except SyncError as error:
-            self._link.send(Failed(self._attempt, _failure(error, f"trainer rank {self.rank}")))
-            return False
-        return True
+            return Offer(failure=as_failure(error, f"trainer rank {self.rank}", "connect")), None, None
+        return offer, plan, layout
 
     def _begin(self) -> None:
         """Look the sources up afresh: they may have moved since the last refit."""
@@ -315,14 +233,6 @@ class WeightSyncer:
             engine_extra_bytes=stats.engine_extra_bytes,
             copy_limit_gb_s=stats.copy_limit_gb_s,
         )
-
-
-def _failure(error: BaseException, origin: str) -> Failure:
-    """`error` in plain strings, for the other ranks."""
-    if isinstance(error, SyncError):
-        f = error.failure
-        return Failure(f.kind, f.message, f.origin or origin, f.phase, f.tensor)
-    return Failure("SyncError", f"{type(error).__name__}: {error}", origin)
 
 
 def _copy_limit(slots: list[torch.Tensor]) -> float:

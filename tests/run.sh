@@ -10,5 +10,6 @@ if (($# == 0)); then
   ruff check --quiet --output-format concise .
   ruff format --check --quiet . || { echo "run.sh: some files are not formatted; run: ruff format ." >&2; exit 1; }
   mypy
+  set -- -n 2  # two test files' worth of processes at a time
 fi
 exec python -m pytest "$@"

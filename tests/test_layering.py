@@ -22,7 +22,7 @@ MBRIDGE = (
     "__main__ cli __init__ bridge export checkpoint gather megatron plan families ops topology hf_config pieces errors"
 )
 MBRIDGE_RL = (
-    "testing __init__ syncer conductor ray engines transports receiver copy_plan recorder agreement filler "
+    "testing __init__ syncer conductor follower ray engines transports receiver copy_plan recorder agreement filler "
     "buckets control protocol messages report errors"
 )
 LAYERS = {"mbridge": MBRIDGE.split(), "mbridge_rl": MBRIDGE_RL.split()}

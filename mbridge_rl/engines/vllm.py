@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 BACKEND = "mbridge"
-# torchrun's variables describe the trainer's job. A vLLM child that inherits them joins the wrong world, or waits for
+# torchrun's variables describe the trainer's job; a vLLM child that reads them may join the wrong world, or wait for
 # torchrun's own store.
 TORCHRUN_VARIABLES = (
     "RANK",

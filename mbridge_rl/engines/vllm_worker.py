@@ -132,6 +132,7 @@ class VLLMTarget(Target):
         return found
 
     def begin(self) -> None:
+        self.kept_bytes = 0
         initialize_layerwise_reload(self._model)
         self._set_packing_kernels_aside()
 
@@ -176,8 +177,8 @@ class VLLMTarget(Target):
     def _set_packing_kernels_aside(self) -> None:
         """Let unquantised MoE layers whose kernel packs its weights (on CPU) be packed again.
 
-        vLLM 0.32's UnquantizedFusedMoEMethod packs only while it has no kernel yet, so a reload, its own too, leaves raw
-        weights where packed ones are read: wrong tokens, no error. Can go when vLLM packs in both branches of
+        vLLM 0.32's UnquantizedFusedMoEMethod packs only while it has no kernel yet, so a reload, its own too, leaves
+        raw weights where packed ones are read: wrong tokens, no error. Can go when vLLM packs in both branches of
         `_setup_kernel`. The kernels are put back afterwards: they refer to the layer's lasting tensors.
         """
         for module in self._modules:
@@ -206,6 +207,7 @@ class VLLMTarget(Target):
                         and value.untyped_storage().data_ptr() in storages
                     ):
                         call.arguments[key] = value.clone()
+                        self.kept_bytes += value.nbytes
 
 
 def _unwrap_loader(tensor: torch.Tensor | None) -> None:

@@ -56,19 +56,20 @@ class Transport(ABC):
         """Let go. Views of the slots must not be used any more. Calling it again does nothing."""
 
 
+def builtin_transports() -> list[str]:
+    """Names of the transports beside this file."""
+    names = [module.name for module in iter_modules(import_module(__package__).__path__)]
+    return [name for name in names if not name.startswith(("_", "base"))]
+
+
 def transport_class(name: str) -> type[Transport]:
     """The transport called `name`: a file beside this one, or an entry point of `mbridge_rl.transports`."""
-    builtin = [
-        module.name
-        for module in iter_modules(import_module(__package__).__path__)
-        if not module.name.startswith(("_", "base"))
-    ]
-    if name in builtin:
-        module = import_module(f"{__package__}.{name}")
-        found: type[Transport] = module.TRANSPORT
+    if name in builtin_transports():
+        found: type[Transport] = import_module(f"{__package__}.{name}").TRANSPORT
         return found
     external = {point.name: point for point in entry_points(group="mbridge_rl.transports")}
     if name in external:
         loaded: type[Transport] = external[name].load()
         return loaded
-    raise TransportError(f"no transport is called {name!r}; there are {', '.join(sorted({*builtin, *external}))}")
+    known = ", ".join(sorted({*builtin_transports(), *external}))
+    raise TransportError(f"no transport is called {name!r}; there are {known}")

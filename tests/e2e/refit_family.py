@@ -64,10 +64,11 @@ def write_checkpoint(family: str, folder: Path, seed: int) -> Path:
 
 
 def greedy(llm) -> list[list[int]]:
+    """One request at a time: in a batch, vLLM 0.32's latent attention on CPU depends on a request's neighbours."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+    outputs = [llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)[0] for ids in PROMPTS]
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -112,7 +113,13 @@ def main() -> None:
     if rank == 0:
         del llm
         fresh = greedy(start(folder / "saved"))
-        result = {"loss": loss, "before": before, "after": after, "fresh": fresh, "report": json.loads(report.to_json())}
+        result = {
+            "loss": loss,
+            "before": before,
+            "after": after,
+            "fresh": fresh,
+            "report": json.loads(report.to_json()),
+        }
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()
     destroy_parallel()

@@ -14,10 +14,13 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -141,6 +144,14 @@ def torchrun(directory: Path) -> None:
     dist.destroy_process_group()
 
 
+def expect(kind: type[SyncError], call: Callable[[], object]) -> str:
+    """The words of the error that `call` must raise."""
+    with pytest.raises(kind) as caught:
+        call()
+    print(caught.value)
+    return str(caught.value)
+
+
 class Saboteur(WeightSyncer):
     """Does `deed` at bucket 3."""
 
@@ -172,35 +183,15 @@ def failures(directory: Path) -> None:
             del other[name]
         else:
             other[name] = change(other.get(name))
-        try:
-            WeightSyncer(FakeBridge(other), engine)
-        except EngineMismatchError as error:
-            print(error)
-            assert name.split(".mlp")[0] in str(error)
-        else:
-            raise AssertionError(f"another model was accepted: {name}")
+        text = expect(EngineMismatchError, partial(WeightSyncer, FakeBridge(other), engine))
+        assert name.split(".mlp")[0] in text
     assert answer(llm) == first  # nothing was touched
     syncer = Saboteur(bridge_of(directory / "b"), engine, bucket_bytes=BUCKET_BYTES, deadline_s=20)
-    try:
-        WeightSyncer(bridge_of(directory / "b"), llm)
-    except EngineBusyError as error:
-        print(error)
-    else:
-        raise AssertionError("two syncers on one engine")
+    expect(EngineBusyError, lambda: WeightSyncer(bridge_of(directory / "b"), llm))
     syncer.deed = fail
-    try:
-        syncer.sync()
-    except SyncError as error:
-        print(error)
-    else:
-        raise AssertionError("sabotage went unnoticed")
+    expect(SyncError, syncer.sync)
     assert engine.state is EngineState.STALE
-    try:
-        engine.generate([{"prompt_token_ids": [1]}])
-    except EngineStaleError as error:
-        print(error)
-    else:
-        raise AssertionError("a stale engine serves")
+    expect(EngineStaleError, lambda: engine.generate([{"prompt_token_ids": [1]}]))
     assert llm.get_weight_version() == "default"
     # The LLM itself serves nothing either: it waits until a later sync commits.
     answers: list[Any] = []
@@ -225,21 +216,11 @@ def failures(directory: Path) -> None:
     )
     syncer.deed = lambda: os.kill(victim.pid, signal.SIGKILL)
     started = time.monotonic()
-    try:
-        syncer.sync()
-    except EngineGoneError as error:
-        print(error)
-    else:
-        raise AssertionError("nobody noticed the engine's death")
+    expect(EngineGoneError, syncer.sync)
     assert time.monotonic() - started < 15
     assert engine.state is EngineState.GONE
     syncer.close()
-    try:
-        WeightSyncer(bridge_of(directory / "b"), engine, deadline_s=20)
-    except EngineGoneError as error:
-        print(error)
-    else:
-        raise AssertionError("connected to a dead engine")
+    expect(EngineGoneError, lambda: WeightSyncer(bridge_of(directory / "b"), engine, deadline_s=20))
 
 
 def serve(directory: Path) -> None:
@@ -272,12 +253,7 @@ def serve(directory: Path) -> None:
         assert tokens != first
         assert get(f"{url}/weight_info") == {"weight_version": "1"}
         syncer.deed = fail
-        try:
-            syncer.sync()
-        except SyncError as error:
-            print(error)
-        else:
-            raise AssertionError("sabotage went unnoticed")
+        expect(SyncError, syncer.sync)
         assert get(f"{url}/is_paused") == {"is_paused": True}
         # A trainer that died with the session open is taken over.
         child = os.fork()
@@ -285,12 +261,7 @@ def serve(directory: Path) -> None:
             os.execv(
                 sys.executable, [sys.executable, "-m", "tests.mbridge_rl.vllm_scenarios", "die", str(directory), url]
             )
-        try:
-            WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20)
-        except EngineBusyError as error:
-            print(error)
-        else:
-            raise AssertionError("two trainers on one server")
+        expect(EngineBusyError, lambda: WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20))
         syncer.close()
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGKILL, status
@@ -300,12 +271,7 @@ def serve(directory: Path) -> None:
             assert get(f"{url}/is_paused") == {"is_paused": False}
             assert completions(url) == first
         kill_tree(server)
-        try:
-            WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20)
-        except EngineGoneError as error:
-            print(error)
-        else:
-            raise AssertionError("connected to a dead server")
+        expect(EngineGoneError, lambda: WeightSyncer(bridge_of(directory / "a"), url, deadline_s=20))
     finally:
         kill_tree(server)
 

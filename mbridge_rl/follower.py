@@ -1,0 +1,94 @@
+"""The side of a syncer on trainer ranks other than 0: fill buckets when rank 0 says so, and end as rank 0 says."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+from .agreement import Offer
+from .control import Link, host_id
+from .errors import Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
+from .messages import Abort, Alive, AnyMessage, Connected, Done, Enter, Failed, Fill, Filled, Goodbye, Hello
+
+GRACE_S = 5.0  # rank 0's deadline comes first: its message knows more
+
+
+class Follower:
+    """Connection to rank 0. Used by one thread."""
+
+    def __init__(self, hub: Offer, rank: int, deadline_s: float) -> None:
+        self._me, self._patience_s = f"trainer rank {rank}", deadline_s + GRACE_S
+        self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host)
+        self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
+        self._broken: Failure | None = None  # why no later refit can succeed
+
+    def report(self, error: SyncError, attempt: int = 0) -> None:
+        """Tell rank 0 that this rank failed: it aborts for everyone."""
+        self._link.send(Failed(attempt, as_failure(error, self._me)))
+
+    def connect(self) -> Connected:
+        """Wait until the engine is connected. Raises what rank 0 raises."""
+        message = self._next(0, "the engine to connect")
+        if isinstance(message, Connected):
+            return message
+        if isinstance(message, Abort):
+            raise raised(message.failure)
+        raise ProtocolError(f"expected Connected, got {type(message).__name__}", origin=self._me)
+
+    def run(self, attempt: int, version: int, begin: Callable[[], None], fill: Callable[[int], None]) -> Done:
+        """One refit: `begin` looks the sources up, `fill(k)` copies this rank's part of bucket k.
+
+        Raises what rank 0 raises.
+        """
+        if self._broken is not None:
+            raise raised(self._broken)
+        try:
+            if self._succeeds(begin, attempt):
+                self._link.send(Enter(attempt, version))
+            return self._until_done(attempt, fill)
+        except TrainerLostError as error:
+            self._broken = error.failure
+            raise
+        except BaseException as error:  # also Ctrl-C: rank 0 learns why this rank leaves, if it does not know
+            self._link.send(Failed(attempt, as_failure(error, self._me)))
+            raise
+
+    def close(self) -> None:
+        """Leave."""
+        self._link.send(Goodbye())
+        self._link.close()
+
+    def _until_done(self, attempt: int, fill: Callable[[int], None]) -> Done:
+        while True:
+            match message := self._next(attempt, "the next step of the refit"):
+                case Fill(bucket=bucket):
+                    started = time.perf_counter()
+                    if self._succeeds(partial(fill, bucket), attempt):
+                        self._link.send(Filled(attempt, bucket, time.perf_counter() - started))
+                case Done():
+                    return message
+                case Abort(failure=failure):
+                    raise raised(failure)
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} came during a refit", origin=self._me)
+
+    def _next(self, attempt: int, what: str) -> AnyMessage:
+        """The next message that is not left over from a refit that failed.
+
+        Rank 0 says Alive while it waits for others.
+        """
+        while True:
+            message = self._link.recv(self._patience_s, what)
+            if not isinstance(message, Alive) and getattr(message, "attempt", attempt) >= attempt:
+                return message
+
+    def _succeeds(self, step: Callable[[], None], attempt: int) -> bool:
+        """Whether `step` succeeds. If not, rank 0 is told, and its Abort comes back to this rank as to all others."""
+        try:
+            step()
+        except SyncError as error:
+            self.report(error, attempt)
+            return False
+        return True

@@ -1,0 +1,131 @@
+"""Conformance suites: what every transport and every engine must do. For our own tests and for those of third parties.
+
+    check_transport(MyTransport)
+    check_engine(make_engine, read)
+
+Each raises AssertionError that says what was violated. `WholeBridge` is the smallest trainer: one rank, whole HF
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mbridge.pieces import TensorSpec, whole_pieces
+from mbridge.plan import TrainerPlan
+
+from .engines.base import Engine
+from .errors import EngineBusyError, EngineStaleError, SyncError, VersionError
+from .protocol import EngineState
+from .syncer import WeightSyncer
+from .transports.base import NUM_SLOTS, Transport
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class WholeBridge:
+    """A trainer of one rank that holds `tensors`, HF name -> tensor, whole and under their HF names."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = dict(tensors)
+        self.models: Sequence[Any] = ()
+
+    def plan(self, models: Sequence[Any]) -> TrainerPlan:
+        specs = tuple(TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self.tensors.items())
+        pieces, groups = tuple(whole_pieces(specs)), tuple((spec.name,) for spec in specs)
+        return TrainerPlan(specs, groups, pieces, pieces, optional_names=frozenset(), digest="whole")
+
+    def local_tensors(self, models: Sequence[Any]) -> Tensors:
+        return self.tensors
+
+
+def check_transport(kind: type[Transport], slot_bytes: int = 3 << 12) -> None:
+    """Two mappings of the same slots: what is written through one is read through the other; who creates destroys."""
+    creator = kind.create(slot_bytes)
+    try:
+        peer = kind.open(creator.address)
+        for index in range(NUM_SLOTS):
+            mine, theirs = creator.slot(index), peer.slot(index)
+            for slot in (mine, theirs):
+                assert slot.dtype == torch.uint8, "a slot is uint8"
+                assert slot.shape == (slot_bytes,), "a slot is flat and has slot_bytes"
+                assert slot.data_ptr() % 16 == 0, "a slot is aligned for every dtype"
+            mine.fill_(index + 1)
+            assert theirs.eq(index + 1).all(), "the peer does not see what the creator wrote"
+            theirs[::2] = 77
+            assert mine[::2].eq(77).all(), "the creator does not see what the peer wrote"
+        assert creator.slot(0)[1::2].eq(1).all(), "slots overlap"
+        creator.everyone_attached()
+        creator.slot(0).fill_(9)
+        assert peer.slot(0).eq(9).all(), "everyone_attached() must not part those who are attached"
+        peer.close()
+        peer.close()
+        creator.slot(1).fill_(3)
+    finally:
+        creator.close()
+        creator.close()
+
+
+def check_engine(make: Callable[[], Engine], read: Callable[[Engine], Tensors], tensors: Tensors) -> None:
+    """Refits an engine from `make()`, which must hold the model of `tensors`; `read(engine)` gives its HF tensors back.
+
+    Weights arrive exactly and again and again; versions grow; a second trainer is refused; after a failed refit the
+    engine is stale, and serves after the next.
+    """
+    engine, bridge = make(), WholeBridge(tensors)
+    size = max(t.nbytes for t in tensors.values()) // 2  # some tensors are split
+    with WeightSyncer(bridge, engine, bucket_bytes=size, deadline_s=30) as syncer:
+        first = syncer.version
+        for step in (1, 2):
+            bridge.tensors = {name: _changed(t, step) for name, t in tensors.items()}
+            report = syncer.sync()
+            assert report.version == first + step, "versions grow by one unless told otherwise"
+            _compare(read(engine), bridge.tensors)
+        _raises(VersionError, lambda: syncer.sync(first), "a version that does not grow was accepted")
+        _raises(EngineBusyError, lambda: WeightSyncer(bridge, engine), "two trainers on one engine")
+        assert _state(engine) is EngineState.SERVING, "a refused refit must not touch the engine"
+    with _Failing(bridge, engine, bucket_bytes=size, deadline_s=30) as failing:
+        assert failing.version == first + 2, "the engine forgot its version"
+        _raises(SyncError, failing.sync, "a trainer's failure went unnoticed")
+        assert _state(engine) is EngineState.STALE, "a torn engine must be stale"
+        _raises(EngineStaleError, engine.check_serving, "a stale engine serves")
+        failing.fails = False
+        failing.sync()
+        assert _state(engine) is EngineState.SERVING, "a commit makes an engine serve again"
+        _compare(read(engine), bridge.tensors)
+
+
+class _Failing(WeightSyncer):
+    """Fails in the middle of a refit while `fails`."""
+
+    fails = True
+
+    def _fill(self, bucket: int) -> None:
+        if self.fails and bucket == self.layout.num_buckets // 2:
+            raise SyncError("a failure on purpose")
+        super()._fill(bucket)
+
+
+def _state(engine: Engine) -> EngineState:
+    return engine.state
+
+
+def _changed(tensor: torch.Tensor, step: int) -> torch.Tensor:
+    return (tensor.double() * (1 + step / 4) + step / 8).to(tensor.dtype)
+
+
+def _compare(found: Tensors, wanted: Tensors) -> None:
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, f"{name}: {found[name].dtype} instead of {tensor.dtype}"
+        assert torch.equal(found[name].cpu(), tensor), f"{name}: other values than the trainer's"
+
+
+def _raises(kind: type[Exception], call: Callable[[], object], violation: str) -> None:
+    try:
+        call()
+    except kind:
+        return
+    raise AssertionError(violation)

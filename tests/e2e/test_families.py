@@ -1,0 +1,35 @@
+"""Every compulsory family: trained a step on two ranks, refitted into a real vLLM, compared with a fresh vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("refit_family.py")
+LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_refitted_engine_equals_one_started_on_the_saved_checkpoint(family: str, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, *LAUNCH, str(SCRIPT), family, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=280)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-8000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["after"] == result["fresh"]
+    assert result["after"] != result["before"]
+    assert result["report"]["version"] == 1
