@@ -36,7 +36,7 @@ def reward(reply: str) -> float:
 
 
 def sample(llm) -> dict[str, torch.Tensor]:
-    """Replies of vLLM to every prompt as tensors: tokens [n, s], vLLM's log-probs [n, s-1], mask [n, s-1], rewards [n]."""
+    """Replies of vLLM to every prompt as tensors: tokens [n, s], log-probs and mask [n, s-1], rewards [n]."""
     from vllm import SamplingParams
 
     params = SamplingParams(n=GROUP_SIZE, max_tokens=REPLY_TOKENS, logprobs=0, ignore_eos=True)

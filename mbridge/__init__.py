@@ -1,6 +1,8 @@
 # Layers, each importing only those below it (tests/test_layering.py):
-#   bridge > export > checkpoint, gather, megatron/ > plan > families/ > ops, hf_config > topology, pieces > errors
-# Only megatron/ imports megatron, and only when called; only gather.py and megatron/ call torch.distributed.
+#   __main__, cli > bridge > export > checkpoint, gather, megatron/ > spelling > plan > families/ > ops >
+#   topology, hf_config, fp8, pieces > errors
+# Only megatron/ imports megatron, and only when called; only gather.py, megatron/ and the ranks that `verify` starts
+# (cli/rank.py) call torch.distributed.
 """mbridge: moves weights between Hugging Face checkpoints and sharded Megatron-Core models.
 
 from mbridge import AutoBridge
