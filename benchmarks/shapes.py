@@ -28,6 +28,12 @@ SHAPES = {
         **_QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
     },
+    "qwen3-moe-small": {  # the layer of Qwen3-30B-A3B, narrower, with 16 experts: 0.5 GB
+        **_QWEN2, "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 1024,
+        "intermediate_size": 3072, "moe_intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 4, "vocab_size": 32000,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 

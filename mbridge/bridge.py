@@ -256,7 +256,7 @@ class Bridge:
         missing, extra, mis-shaped or non-float tensor) or ModelError the model is as it was. A value head that the
         files do not have keeps its values, which is logged.
         """
-        layout = self._layout(models)
+        layout, tensors = self._layout(models)
         layout.check_complete()
         checkpoint = Checkpoint.open(_find_folder(weights_path))
         spelling = self._spelling(layout.table, checkpoint)
@@ -271,7 +271,6 @@ class Bridge:
                 expected = [spec for spec in expected if spec.name not in names]
                 pieces = [piece for piece in pieces if piece.hf_name not in names]
         checkpoint.check(expected, redundant)
-        tensors = self.local_tensors(models)
         num_bytes = checkpoint.read_into(tensors, pieces)
         fill_padding(tensors, layout.stored.padding)
         return num_bytes
@@ -333,7 +332,7 @@ class Bridge:
 
     def plan(self, models: Models) -> TrainerPlan:
         """What this rank stores and sends, for mbridge_rl. No collectives."""
-        layout = self._layout(models)
+        layout, _ = self._layout(models)
         spelling, stored = self._spelling(layout.table, None), layout.stored
         pieces, owned = (tuple(spelling.pieces(p, with_copies=False)) for p in (stored.pieces, stored.owned))
         groups = spelling.groups(layout.table.groups())
@@ -351,7 +350,8 @@ class Bridge:
             found[name] = local.tensor.data
         return found
 
-    def _layout(self, models: Models) -> RankLayout:
+    def _layout(self, models: Models) -> tuple[RankLayout, dict[str, torch.Tensor]]:
+        """What this rank stores, as pieces and as tensors. Raises ModelError for a model of another shape."""
         tensors = self.local_tensors(models)
         scattered = [name for name, tensor in tensors.items() if not tensor.is_contiguous()]
         if scattered:
@@ -359,7 +359,7 @@ class Bridge:
         specs = tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
         topology, at = read_topology()
         table = self._table()
-        return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs))
+        return RankLayout(topology, at, table, specs, stored_by(table, topology, at, specs)), tensors
 
     def _spelling(self, table: Table, checkpoint: Checkpoint | None) -> Spelling:
         """How `checkpoint` names and lays out the table's tensors; without one, as engines do."""
@@ -387,10 +387,10 @@ class Bridge:
         return Table(rows, self._normal["num_hidden_layers"], self.dtype)
 
     def _export(self, models: Models, *, bucket_bytes: int = BUCKET_BYTES, strict: bool = True) -> StageExport:
-        layout = on_all(lambda: self._layout(models), world_group())
+        layout, tensors = on_all(lambda: self._layout(models), world_group())
         return StageExport(
             layout,
-            self.local_tensors(models),
+            tensors,
             read_groups(),
             self._spelling(layout.table, on_all(self._original, world_group())),
             bucket_bytes=bucket_bytes,

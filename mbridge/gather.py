@@ -21,7 +21,7 @@ from .pieces import Piece, TensorSpec
 from .plan import check_owned, first_difference
 
 ALIGNMENT = 256  # bytes; what cudaMalloc aligns to, so a tensor in a bucket is as aligned as one of its own
-BUCKET_BYTES = 256 * 1024**2
+BUCKET_BYTES = 64 * 1024**2  # larger ones gain nothing over gloo and cost page faults (benchmarks/bridge.py)
 
 # torch 2.13 renamed it and warns at each call of the old name; torch 2.11 has only that one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -55,9 +55,8 @@ class WeightSyncer:
 
     Args:
         bridge: the `mbridge.Bridge` of the trainer's models.
-        engine: a `vllm.LLM`, the URL of a `vllm serve`, a `torch.nn.Module`, or an `engines.base.Engine`; used on rank
-        0
-            only, others may pass None.
+        engine: a `vllm.LLM`, the URL of a `vllm serve`, a `torch.nn.Module`, or an `engines.base.Engine`; used on
+            rank 0 only, others may pass None.
         models: Megatron chunks; by default what `bridge.get_model()` built last.
         transport: name of a transport, or "auto".
         deadline_s: longest time without progress, in any wait, before a refit fails on all ranks.

@@ -77,6 +77,6 @@ def test_quickstart_learns(tmp_path: Path) -> None:
 @pytest.mark.vllm
 @pytest.mark.timeout(450)
 def test_quickstart_without_sync_does_not(tmp_path: Path) -> None:
-    history = quickstart(tmp_path, "--no-sync")
+    history = quickstart(tmp_path, "--no-sync", "--iterations", "8")  # with refits, it has risen tenfold by then
     assert history[-1]["reward"] < 2 * history[0]["reward"]
     assert history[-1]["kl"] > 10 * max(history[0]["kl"], 1e-3)
