@@ -230,14 +230,15 @@ def plan_shards(
         for spec in groups[0]:
             shards.setdefault(files[spec.name], Shard(files[spec.name])).specs.append(spec)
         return [list(shards.values())]
-    divided = [list(_split(group, max_bytes)) for group in groups]
+    divided = [list(split_by_bytes(group, max_bytes)) for group in groups]
     total = sum(map(len, divided))
     numbered = (f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1))
     names = iter([SINGLE]) if total == 1 else numbered
     return [[Shard(next(names), specs) for specs in parts] for parts in divided]
 
 
-def _split(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorSpec]]:
+def split_by_bytes(specs: Sequence[TensorSpec], max_bytes: int) -> Iterator[list[TensorSpec]]:
+    """Consecutive tensors in parts of at most `max_bytes`; a larger tensor is a part of its own."""
     part: list[TensorSpec] = []
     size = 0
     for spec in specs:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..bridge import AutoBridge
-from ..checkpoint import Checkpoint, Shard, ShardWriter, commit, discard, new_save_id, plan_shards
+from ..checkpoint import Checkpoint, Shard, ShardWriter, commit, discard, new_save_id, plan_shards, split_by_bytes
 from ..errors import CheckpointError, listed
-from ..pieces import TensorSpec, whole_pieces
+from ..pieces import whole_pieces
 from .display import Progress, readable_bytes
 
 BATCH_BYTES = 256 * 1024**2  # read at once; a tensor that is larger comes alone
@@ -64,7 +64,7 @@ def _write(checkpoint: Checkpoint, out: Path, shards: Sequence[Shard], config: M
     try:
         with Progress() as progress, tempfile.TemporaryDirectory(prefix="mbridge-convert-") as folder:
             done = 0
-            for batch in itertools.chain.from_iterable(_batches(shard.specs) for shard in shards):
+            for batch in itertools.chain.from_iterable(split_by_bytes(shard.specs, BATCH_BYTES) for shard in shards):
                 progress.update("convert", done, total)
                 tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in batch}
                 checkpoint.read_into(tensors, whole_pieces(batch))
@@ -92,16 +92,3 @@ def _config(raw: Mapping[str, Any], dtype: torch.dtype | None, *, fp8: bool) -> 
         spelling = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
         config |= dict.fromkeys(spelling, str(dtype).removeprefix("torch."))
     return config
-
-
-def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    batch: list[TensorSpec] = []
-    size = 0
-    for spec in specs:
-        if batch and size + spec.num_bytes > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(spec)
-        size += spec.num_bytes
-    if batch:
-        yield batch

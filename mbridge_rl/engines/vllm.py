@@ -161,7 +161,7 @@ class VLLMEngine(_VLLM):
             return call(*args, **kwargs)
         except EngineDeadError as error:
             raise EngineGoneError(f"{self.name} is dead; start a new engine", origin=self.name) from error
-        except Exception as error:
+        except Exception as error:  # vLLM raises plain Exception for whatever happened in its core
             raise EngineLoadError(f"{self.name} failed in {call.__name__}: {error}", origin=self.name) from error
 
 
