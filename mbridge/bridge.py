@@ -21,6 +21,7 @@ from .export import RankLayout, StageExport, collective, save
 from .families import LM_HEAD, Family, MegatronConfig, ValueHead, all_families, find_family, with_value_head
 from .gather import BUCKET_BYTES, Bucket, exchange, on_all, world_group
 from .hf_config import as_classifier, as_dict, normalise, read_hf_config
+from .live import LiveTensors
 from .megatron import LocalTensor, build_chunks, ensure_parallel_state, read_groups, read_topology, walk
 from .megatron.build import Spec
 from .pieces import TensorSpec
@@ -342,13 +343,11 @@ class Bridge:
 
     def local_tensors(self, models: Models) -> dict[str, torch.Tensor]:
         """This rank's live parameters and buffers by the local names that pieces use, looked up afresh at each call."""
-        found: dict[str, torch.Tensor] = {}
-        for local in walk(models):
-            name = _global_name(local)
-            if name in found:
-                raise ModelError(f"two parameters here are {name!r} of the whole model; is a layer number wrong?")
-            found[name] = local.tensor.data
-        return found
+        return {name: local.tensor.data for name, local in _by_global_name(models).items()}
+
+    def live_tensors(self, models: Models) -> LiveTensors:
+        """The same as a view: each access reads the parameter as it is then, without walking the model."""
+        return LiveTensors({name: (local.holder, local.key) for name, local in _by_global_name(models).items()})
 
     def _layout(self, models: Models) -> tuple[RankLayout, dict[str, torch.Tensor]]:
         """What this rank stores, as pieces and as tensors. Raises ModelError for a model of another shape."""
@@ -396,6 +395,16 @@ class Bridge:
             bucket_bytes=bucket_bytes,
             strict=strict,
         )
+
+
+def _by_global_name(models: Models) -> dict[str, LocalTensor]:
+    found: dict[str, LocalTensor] = {}
+    for local in walk(models):
+        name = _global_name(local)
+        if name in found:
+            raise ModelError(f"two parameters here are {name!r} of the whole model; is a layer number wrong?")
+        found[name] = local
+    return found
 
 
 def _global_name(local: LocalTensor) -> str:

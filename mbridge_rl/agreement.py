@@ -65,9 +65,9 @@ def agree(mine: Offer, plan: TrainerPlan | None, group: ProcessGroup | None) -> 
     return offers
 
 
-def digest_of(plan_digest: str, layout: Layout) -> str:
-    """Of everything that must be equal on all ranks: the plan, and how it lies in buckets."""
-    return hashlib.sha256(repr((plan_digest, layout)).encode()).hexdigest()
+def digest_of(plan_digest: str, layout: Layout, path: str) -> str:
+    """Of everything that must be equal on all ranks: the plan, how it lies in buckets, and the path it takes."""
+    return hashlib.sha256(repr((plan_digest, layout, path)).encode()).hexdigest()
 
 
 def owned_boxes(owned: Sequence[Piece]) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -92,7 +92,7 @@ def _raise_difference(offers: list[Offer], plan: TrainerPlan, group: ProcessGrou
             )
     raise PlanMismatchError(
         f"trainer ranks 0 and {other} have the same tensors in the same order, but different digests: "
-        "bucket_bytes, the topology or the family's table differs",
+        "bucket_bytes, path, the topology or the family's table differs",
         origin=f"trainer rank {other}",
         phase="connect",
     )

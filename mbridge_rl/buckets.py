@@ -17,7 +17,7 @@ import torch
 from mbridge.pieces import Box, Copy, Piece, Region, TensorSpec, join
 
 from .errors import SyncError
-from .messages import SetUp
+from .messages import Lends, SetUp
 
 ALIGNMENT = 256
 DEFAULT_LIMIT_BYTES = 512 << 20  # larger fusion groups are cut, unless `bucket_bytes` asks for more
@@ -103,8 +103,8 @@ def plan_buckets(
     return Layout(tuple(tensors), groups, tuple(cursor.parts), cursor.largest, cursor.num_buckets, optional_names)
 
 
-def write_set_up(layout: Layout, transport: str, address: dict[str, str | int]) -> SetUp:
-    """`layout` as a message."""
+def write_set_up(layout: Layout, transport: str, address: dict[str, str | int], lends: Sequence[Lends] = ()) -> SetUp:
+    """`layout` as a message, with the slots' address on the bucket path, or with `lends` on the direct path."""
     return SetUp(
         tensors=[(t.name, t.shape, str(t.dtype).removeprefix("torch.")) for t in layout.tensors],
         groups=list(layout.groups),
@@ -114,6 +114,7 @@ def write_set_up(layout: Layout, transport: str, address: dict[str, str | int]) 
         optional_names=sorted(layout.optional_names),
         transport=transport,
         address=address,
+        lends=list(lends),
     )
 
 

@@ -11,8 +11,13 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
+
+import msgspec
+
+from mbridge.pieces import TensorSpec
 
 from .control import Hub, Lost, Received, Woken, host_id
 from .engines._thread import EngineThread
@@ -33,6 +38,8 @@ from .messages import (
     Alive,
     AnyMessage,
     Attached,
+    Check,
+    Checked,
     Connected,
     Done,
     Enter,
@@ -42,12 +49,17 @@ from .messages import (
     Goodbye,
     Hello,
     Invitation,
+    Lends,
+    Offered,
     SetUp,
     Stats,
 )
 from .protocol import Action, Call, EngineCall, EngineState, Peer, Phase, Refit
+from .source import Source
+from .verification import compare
 
 ME = Peer("trainer", 0)
+ORDER = (Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT, Phase.RESUME, Phase.DONE)
 ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
 DETACH_S = 5.0
 BEAT_S = 5.0  # how often the others hear that rank 0 still waits; a quarter of the deadline if that is less
@@ -61,6 +73,7 @@ class Conductor:
     def __init__(
         self,
         engine: Engine,
+        tensors: Sequence[TensorSpec],
         *,
         num_trainers: int,
         deadline_s: float,
@@ -69,6 +82,7 @@ class Conductor:
         address: str | None,
     ) -> None:
         self.engine, self.hub = engine, Hub(address)
+        self._tensors = tuple(tensors)
         self._num_trainers, self._deadline_s = num_trainers, deadline_s
         self._in_flight, self._reset_prefix_cache = in_flight, reset_prefix_cache
         self._num_workers = self._num_buckets = self._version = 0
@@ -86,10 +100,16 @@ class Conductor:
     # --- connecting --------------------------------------------------------------------------------------------------
 
     def connect(self, set_up: SetUp, copy_limit_gb_s: float | None) -> Connected:
-        """Have all trainers and the engine's workers connect, and tell the trainers. Raises SyncError."""
-        self._copy_limit_gb_s, self._num_buckets = copy_limit_gb_s, set_up.num_buckets
+        """Have all trainers and the engine's workers connect, and tell the trainers. Raises SyncError.
+
+        If `set_up` holds what rank 0 lends, what the other ranks lend is waited for first.
+        """
+        self._copy_limit_gb_s = copy_limit_gb_s
+        self._num_buckets = 1 if set_up.lends else set_up.num_buckets  # see protocol.py: the direct path has one
         answer: Connected | Abort
         try:
+            if set_up.lends:
+                set_up = msgspec.structs.replace(set_up, lends=[*set_up.lends, *self._others_lend()])
             answer = self._attach_workers(set_up)
         except SyncError as error:
             answer = Abort(0, error.failure)
@@ -105,6 +125,16 @@ class Conductor:
             raise raised(answer.failure)
         self._version = answer.version
         return answer
+
+    def _others_lend(self) -> list[Lends]:
+        lends: dict[int, Lends] = {}
+
+        def arrived(peer: Peer, message: AnyMessage) -> None:
+            if isinstance(message, Offered):
+                lends[peer.index] = message.lends
+
+        self._wait_until(lambda: len(lends) == self._num_trainers - 1, "every trainer rank to lend its memory", arrived)
+        return [lends[rank] for rank in sorted(lends)]
 
     def _attach_workers(self, set_up: SetUp) -> Connected:
         invitation = Invitation(self.hub.endpoint, self.hub.token, os.getpid(), host_id(), self._deadline_s)
@@ -209,13 +239,9 @@ class Conductor:
     # --- one refit ---------------------------------------------------------------------------------------------------
 
     def run(
-        self,
-        attempt: int,
-        version: int,
-        begin: Callable[[], None],
-        fill: Callable[[int], None],
+        self, attempt: int, version: int, source: Source, *, moves: bool = True, check: tuple[int, int] | None = None
     ) -> Done:
-        """One refit as trainer rank 0: `begin` looks the sources up, `fill(k)` copies rank 0's part of bucket k."""
+        """One refit as trainer rank 0, with its weights. See protocol.Refit for `moves` and `check`."""
         if self._broken is not None:
             for peer in self._trainers:
                 self.hub.send(self._routes[peer], Abort(attempt, self._broken))
@@ -229,19 +255,22 @@ class Conductor:
             num_buckets=self._num_buckets,
             deadline_s=self._deadline_s,
             now=time.monotonic(),
+            moves=moves,
+            check=check,
+            compare=partial(compare, self._tensors),
         )
-        mine: deque[Fill] = deque()
+        mine: deque[Fill | Check] = deque()
         try:
-            self._carry_out(refit, self._entering(refit, version, begin), mine)
+            self._carry_out(refit, self._entering(refit, version, source.begin), mine)
             early, self._early = self._early, []
             for peer, message in early:
                 self._carry_out(refit, self._deliver(refit, peer, message), mine)
-            self._pump(refit, mine, fill)
+            self._pump(refit, mine, source)
         except BaseException as error:  # also Ctrl-C: nobody may be left waiting, and no engine call half made
             what = f"trainer rank 0 left the refit: {type(error).__name__}: {error}"
             mine.clear()
             self._carry_out(refit, refit.fail(Failure("SyncError", what, str(ME), refit.phase), time.monotonic()), mine)
-            self._pump(refit, mine, fill)
+            self._pump(refit, mine, source)
             raise
         finally:
             self._settle(refit)
@@ -252,8 +281,8 @@ class Conductor:
             self.hub.send(self._routes[peer], done)
         return done
 
-    def _pump(self, refit: Refit, mine: deque[Fill], fill: Callable[[int], None]) -> None:
-        """Turn what happens into events of `refit` until it is over. `mine`: Fill messages for rank 0 itself."""
+    def _pump(self, refit: Refit, mine: deque[Fill | Check], source: Source) -> None:
+        """Turn what happens into events of `refit` until it is over. `mine`: messages for rank 0 itself."""
         while not refit.finished:
             for event in self._wait(0 if mine else refit.deadline - time.monotonic(), refit.attempt):
                 match event:
@@ -267,7 +296,7 @@ class Conductor:
                 self._carry_out(refit, refit.called(self._calls.take().failure, time.monotonic()), mine)
             self._carry_out(refit, refit.tick(time.monotonic()), mine)
             if mine and not refit.finished:
-                self._carry_out(refit, self._fill_one(refit, mine.popleft(), fill), mine)
+                self._carry_out(refit, self._answer(refit, mine.popleft(), source), mine)
 
     def _entering(self, refit: Refit, version: int, begin: Callable[[], None]) -> list[Action]:
         try:
@@ -276,16 +305,20 @@ class Conductor:
             return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         return refit.receive(ME, Enter(refit.attempt, version), time.monotonic())
 
-    def _fill_one(self, refit: Refit, message: Fill, fill: Callable[[int], None]) -> list[Action]:
+    def _answer(self, refit: Refit, message: Fill | Check, source: Source) -> list[Action]:
         if refit.failure is not None:
             return []
+        answer: Filled | Checked
         started = time.monotonic()
         try:
-            fill(message.bucket)
+            if isinstance(message, Check):
+                answer = Checked(refit.attempt, source.totals(message))
+            else:
+                loan = source.fill(message.bucket)
+                answer = Filled(refit.attempt, message.bucket, time.monotonic() - started, loan)
         except SyncError as error:
             return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
-        now = time.monotonic()
-        return refit.receive(ME, Filled(refit.attempt, message.bucket, now - started), now)
+        return refit.receive(ME, answer, time.monotonic())
 
     def _deliver(self, refit: Refit, peer: Peer, message: AnyMessage) -> list[Action]:
         attempt = getattr(message, "attempt", refit.attempt)
@@ -293,7 +326,7 @@ class Conductor:
             self._early.append((peer, message))
         return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt else []
 
-    def _carry_out(self, refit: Refit, actions: list[Action], mine: deque[Fill]) -> None:
+    def _carry_out(self, refit: Refit, actions: list[Action], mine: deque[Fill | Check]) -> None:
         for action in actions:
             if isinstance(action, Call):
                 self._calls.start(self._engine_call(action.call, refit))
@@ -304,7 +337,7 @@ class Conductor:
                     self._carry_out(
                         refit, refit.lost(action.peer, "has no connection any more", time.monotonic()), mine
                     )
-            elif isinstance(action.message, Fill):
+            elif isinstance(action.message, Fill | Check):
                 mine.append(action.message)
 
     def _engine_call(self, call: EngineCall, refit: Refit) -> Callable[[], None]:
@@ -313,7 +346,7 @@ class Conductor:
             case EngineCall.PAUSE:
                 return lambda: engine.pause(self._in_flight)
             case EngineCall.UPDATE:
-                return lambda: engine.update(refit.attempt, refit.version)
+                return lambda: engine.update(refit.attempt, refit.version, refit.moves)
             case EngineCall.CLOSE:
                 return engine.close_session
             case EngineCall.PUBLISH:
@@ -324,13 +357,13 @@ class Conductor:
     def _settle(self, refit: Refit) -> None:
         """What this refit leaves for the next."""
         self.engine.state, self.engine.failure = refit.state, refit.failure
-        if refit.failure is None:
+        if refit.failure is None and refit.moves:
             self._version = refit.version
         if refit.lost_peer is not None or refit.state is EngineState.GONE:
             self._broken = refit.lost_peer or refit.failure
 
     def _stats(self, refit: Refit) -> Stats:
-        order = [Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.COMMIT, Phase.RESUME, Phase.DONE]
+        order = [phase for phase in ORDER if phase in refit.started]
         times = [refit.started[phase] for phase in order]
         return Stats(
             engine=self.engine.name,
@@ -342,6 +375,9 @@ class Conductor:
             num_trainers=self._num_trainers,
             num_workers=self._num_workers,
             copy_limit_gb_s=self._copy_limit_gb_s,
+            reloaded=sorted(refit.reloaded),
+            reasons=refit.reasons,
+            verification=refit.verification,
         )
 
     # --- leaving -----------------------------------------------------------------------------------------------------

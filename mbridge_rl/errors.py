@@ -8,6 +8,7 @@
         ├── TrainerLostError            a trainer rank died or left
         ├── TransportError              no room for, or no way to, the bytes
         ├── ProtocolError               a message that should not have come
+        ├── VerifyError                 the engine's memory is not what the trainer sent
         └── EngineError                 the engine, or one of its workers
             ├── EngineBusyError             a living trainer already refits it
             ├── EngineGoneError             it is dead, or cannot be reached
@@ -73,6 +74,10 @@ class TransportError(SyncError):
 
 class ProtocolError(SyncError):
     """A peer sent what it must not send at this point."""
+
+
+class VerifyError(SyncError):
+    """After a refit, checksums of the engine's own memory differ from the trainer's."""
 
 
 class EngineError(SyncError):

@@ -31,6 +31,7 @@ class Filler:
             self._program.append(
                 [(c.source_name, c.source, c.destination.of(typed[dtypes[c.hf_name]])) for c in copies]
             )
+        self._device = slots[0].device
         self._sources: Mapping[str, torch.Tensor] = {}
 
     def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
@@ -53,15 +54,16 @@ class Filler:
 
         When it returns, the bytes are there (also from a GPU). Raises SyncError.
         """
-        for name, region, destination in self._program[bucket]:
-            try:
+        name = None
+        try:
+            for name, region, destination in self._program[bucket]:
                 destination.copy_(region.of(self._sources[name]))
-            except RuntimeError as error:  # an accelerator that failed
-                raise SyncError(
-                    f"cannot copy from local tensor {name!r}: {error}", phase="stream", tensor=name
-                ) from error
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        except RuntimeError as error:  # an accelerator that failed
+            raise SyncError(f"cannot copy from local tensor {name!r}: {error}", phase="stream", tensor=name) from error
 
-    def end(self) -> None:
+    def end(self, *, succeeded: bool) -> None:
         """Hold no reference to the trainer's memory between refits: it may be offloaded or moved."""
         self._sources = {}
 

@@ -10,7 +10,24 @@ from functools import partial
 from .agreement import Offer
 from .control import Link, host_id
 from .errors import Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
-from .messages import Abort, Alive, AnyMessage, Connected, Done, Enter, Failed, Fill, Filled, Goodbye, Hello
+from .messages import (
+    Abort,
+    Alive,
+    AnyMessage,
+    Check,
+    Checked,
+    Connected,
+    Done,
+    Enter,
+    Failed,
+    Fill,
+    Filled,
+    Goodbye,
+    Hello,
+    Lends,
+    Offered,
+)
+from .source import Source
 
 GRACE_S = 5.0  # rank 0's deadline comes first: its message knows more
 
@@ -23,6 +40,10 @@ class Follower:
         self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host)
         self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
         self._broken: Failure | None = None  # why no later refit can succeed
+
+    def lend(self, lends: Lends) -> None:
+        """Tell rank 0, for the engine's workers, what this rank lends on the direct path."""
+        self._link.send(Offered(lends))
 
     def report(self, error: SyncError, attempt: int = 0) -> None:
         """Tell rank 0 that this rank failed: it aborts for everyone."""
@@ -37,17 +58,14 @@ class Follower:
             raise raised(message.failure)
         raise ProtocolError(f"expected Connected, got {type(message).__name__}", origin=self._me)
 
-    def run(self, attempt: int, version: int, begin: Callable[[], None], fill: Callable[[int], None]) -> Done:
-        """One refit: `begin` looks the sources up, `fill(k)` copies this rank's part of bucket k.
-
-        Raises what rank 0 raises.
-        """
+    def run(self, attempt: int, version: int, source: Source) -> Done:
+        """One refit with this rank's weights. Raises what rank 0 raises."""
         if self._broken is not None:
             raise raised(self._broken)
         try:
-            if self._succeeds(begin, attempt):
+            if self._succeeds(source.begin, attempt):
                 self._link.send(Enter(attempt, version))
-            return self._until_done(attempt, fill)
+            return self._until_done(attempt, source)
         except TrainerLostError as error:
             self._broken = error.failure
             raise
@@ -60,19 +78,25 @@ class Follower:
         self._link.send(Goodbye())
         self._link.close()
 
-    def _until_done(self, attempt: int, fill: Callable[[int], None]) -> Done:
+    def _until_done(self, attempt: int, source: Source) -> Done:
         while True:
             match message := self._next(attempt, "the next step of the refit"):
-                case Fill(bucket=bucket):
-                    started = time.perf_counter()
-                    if self._succeeds(partial(fill, bucket), attempt):
-                        self._link.send(Filled(attempt, bucket, time.perf_counter() - started))
+                case Fill() | Check():
+                    self._succeeds(partial(self._answer, message, source), attempt)
                 case Done():
                     return message
                 case Abort(failure=failure):
                     raise raised(failure)
                 case _:
                     raise ProtocolError(f"{type(message).__name__} came during a refit", origin=self._me)
+
+    def _answer(self, message: Fill | Check, source: Source) -> None:
+        if isinstance(message, Check):
+            self._link.send(Checked(message.attempt, source.totals(message)))
+            return
+        started = time.perf_counter()
+        loan = source.fill(message.bucket)
+        self._link.send(Filled(message.attempt, message.bucket, time.perf_counter() - started, loan))
 
     def _next(self, attempt: int, what: str) -> AnyMessage:
         """The next message that is not left over from a refit that failed.

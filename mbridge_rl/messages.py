@@ -17,6 +17,23 @@ class Invitation(msgspec.Struct, frozen=True):
     deadline_s: float
 
 
+class Loan(msgspec.Struct, frozen=True):
+    """Where the memory is that one trainer rank lends: segments that a worker can map, and its tensors in them."""
+
+    segments: list[dict[str, str | int]]  # addresses, as the transport writes them
+    places: list[tuple[int, int]]  # of each local tensor: segment number, byte offset of its first element
+
+
+class Lends(msgspec.Struct, frozen=True):
+    """What one trainer rank lends on the direct path: local tensors, and which boxes of HF tensors they hold."""
+
+    rank: int
+    tensors: list[tuple[str, str, int]]  # local name, dtype, number of elements
+    # HF tensor number, box start, box stop, local tensor number, region offset, region stride
+    pieces: list[tuple[int, tuple[int, ...], tuple[int, ...], int, int, tuple[int, ...]]]
+    loan: Loan
+
+
 # --- messages: peer -> rank 0 -----------------------------------------------------------------------------------------
 
 
@@ -36,8 +53,14 @@ class Hello(Message, frozen=True):
     session_open: bool = False  # a trainer died inside a refit and left the engine's update session open
 
 
+class Offered(Message, frozen=True):
+    """On the direct path, a trainer's second message."""
+
+    lends: Lends
+
+
 class Attached(Message, frozen=True):
-    """A worker mapped the slots and its model takes these tensors; `unused` are HF names that it has no place for."""
+    """A worker mapped the memory and its model takes these tensors; `unused` are HF names that it has no place for."""
 
     unused: list[str]
 
@@ -48,9 +71,12 @@ class Enter(Message, frozen=True):
 
 
 class Filled(Message, frozen=True):
+    """The bucket holds this rank's part. On the direct path: its parameters are complete; in `loan` if moved."""
+
     attempt: int
     bucket: int
     seconds: float
+    loan: Loan | None = None
 
 
 class Loaded(Message, frozen=True):
@@ -65,6 +91,19 @@ class Applied(Message, frozen=True):
     attempt: int
     seconds: float
     extra_bytes: int  # most memory the worker held for this refit beside its model
+    reloaded: list[str] = []  # HF names that went through the engine's own loading, on the direct path
+    reasons: dict[str, str] = {}  # engine module -> why it cannot be written directly
+
+
+class Checked(Message, frozen=True):
+    """Checksums (checksum.py) of what the sender holds of the tensors it was asked for."""
+
+    attempt: int
+    totals: dict[int, int] = {}  # a trainer: HF tensor number -> sum over the pieces it owns
+    # A worker: HF tensor number, box start, box stop, engine name, sum.
+    boxes: list[tuple[int, tuple[int, ...], tuple[int, ...], str, int]] = []
+    changed: list[str] = []  # a worker: engine tensors that are no longer what was loaded
+    unchecked: dict[str, str] = {}  # a worker: engine tensor -> why its values cannot be compared
 
 
 class Committed(Message, frozen=True):
@@ -96,6 +135,7 @@ class SetUp(Message, frozen=True):
     optional_names: list[str]
     transport: str
     address: dict[str, str | int]
+    lends: list[Lends] = []  # of every trainer, on the direct path
 
 
 class Connected(Message, frozen=True):
@@ -119,6 +159,16 @@ class Fill(Message, frozen=True):
 class Load(Message, frozen=True):
     attempt: int
     bucket: int
+    loans: dict[int, Loan] = {}  # trainer rank -> where its memory is now, if it moved
+    is_checked: bool = False  # a Check will follow
+
+
+class Check(Message, frozen=True):
+    """Send the checksums of the tensors whose number leaves the remainder `share` when divided by `num_shares`."""
+
+    attempt: int
+    share: int
+    num_shares: int
 
 
 class Commit(Message, frozen=True):
@@ -128,6 +178,15 @@ class Commit(Message, frozen=True):
 class Abort(Message, frozen=True):
     attempt: int
     failure: Failure
+
+
+class Verification(msgspec.Struct, frozen=True):
+    """What a comparison of the engine's own memory with the trainer's found."""
+
+    num_compared: int  # HF tensors whose checksums were compared
+    num_tensors: int  # HF tensors in all
+    wrong: dict[str, str]  # HF tensor, or engine tensor -> what is wrong
+    unchecked: dict[str, str]  # HF tensor, or engine tensor -> why it could not be compared
 
 
 class Stats(msgspec.Struct, frozen=True):
@@ -142,6 +201,9 @@ class Stats(msgspec.Struct, frozen=True):
     num_trainers: int
     num_workers: int
     copy_limit_gb_s: float | None
+    reloaded: list[str] = []  # as in Applied, of all workers
+    reasons: dict[str, str] = {}
+    verification: Verification | None = None
 
 
 class Done(Message, frozen=True):
@@ -152,11 +214,13 @@ class Done(Message, frozen=True):
 
 AnyMessage = (
     Hello
+    | Offered
     | Attached
     | Enter
     | Filled
     | Loaded
     | Applied
+    | Checked
     | Committed
     | Failed
     | Goodbye
@@ -165,6 +229,7 @@ AnyMessage = (
     | Alive
     | Fill
     | Load
+    | Check
     | Commit
     | Abort
     | Done

@@ -4,7 +4,9 @@ One refit, seen from rank 0 (peers are trainer ranks, itself included, and engin
 
     ENTER   every trainer sends Enter; versions must agree and grow
     PAUSE   the engine pauses, while trainers already fill the first buckets
-    STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked
+    STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked. On the
+            direct path there is one bucket: the trainers' own memory, which the workers read
+    CHECK   if asked for: Check -> Checked, everyone's checksums, which must agree
     COMMIT  Commit to the workers; the engine publishes the version and resets its prefix cache
     RESUME  the engine serves again; Done to the trainers
     DONE
@@ -12,12 +14,15 @@ One refit, seen from rank 0 (peers are trainer ranks, itself included, and engin
 Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written,
 so the engine resumes what it served; from STREAM on it is stale and stays paused. `Refit` takes events and returns
 actions: whoever drives it (conductor.py; a test) owns all I/O.
+
+A refit that moves nothing (`moves=False`: `WeightSyncer.verify`) runs the same way for the version that the engine has:
+workers go from STREAM to CHECK at once, what is wrong is noted instead of failing, and nothing is published.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +31,8 @@ from .messages import (
     Abort,
     AnyMessage,
     Applied,
+    Check,
+    Checked,
     Commit,
     Committed,
     Enter,
@@ -35,6 +42,8 @@ from .messages import (
     Goodbye,
     Load,
     Loaded,
+    Loan,
+    Verification,
 )
 
 NUM_SLOTS_IN_FLIGHT = 2
@@ -57,6 +66,7 @@ class Phase(enum.StrEnum):
     ENTER = "enter"
     PAUSE = "pause"
     STREAM = "stream"
+    CHECK = "check"
     COMMIT = "commit"
     RESUME = "resume"
     FAILING = "failing"
@@ -91,6 +101,7 @@ class Call(NamedTuple):
 
 
 Action = Send | Call
+Compare = Callable[[Mapping[Peer, Checked]], Verification]
 
 
 class Refit:
@@ -107,8 +118,13 @@ class Refit:
         num_buckets: int,
         deadline_s: float,
         now: float,
+        moves: bool = True,
+        check: tuple[int, int] | None = None,
+        compare: Compare | None = None,
     ) -> None:
-        self.attempt = attempt
+        """`check`: (share, num_shares) of the tensors to compare; `compare` judges what the peers then send."""
+        self.attempt, self.moves = attempt, moves
+        self.verification: Verification | None = None
         self.last_version, self.version = last_version, last_version
         self.state = state
         self.phase = Phase.ENTER
@@ -117,7 +133,12 @@ class Refit:
         self.started = {Phase.ENTER: now}
         self.fill_s, self.load_s = [0.0] * num_trainers, [0.0] * num_workers
         self.engine_extra_bytes = 0
-        self._num_buckets, self._deadline_s = num_buckets, deadline_s
+        self.reloaded: set[str] = set()
+        self.reasons: dict[str, str] = {}
+        self._check, self._compare = check, compare
+        self._checked: dict[Peer, Checked] = {}
+        self._loans: dict[int, Loan] = {}  # trainer rank -> where its memory has moved to
+        self._num_buckets, self._deadline_s = num_buckets if moves else 0, deadline_s
         self._trainers = [Peer("trainer", i) for i in range(num_trainers)]
         self._workers = [Peer("worker", i) for i in range(num_workers)]
         self._missing: set[Peer] = set(self._trainers)  # who has not sent Enter; then Applied; then Committed
@@ -149,6 +170,8 @@ class Refit:
                 return self._entered(peer, version, now)
             case Filled(bucket=bucket) if peer in self._filling.get(bucket, ()):
                 self.fill_s[peer.index] += message.seconds
+                if message.loan is not None:
+                    self._loans[peer.index] = message.loan
                 self._filling[bucket].discard(peer)
                 return list(self._load_if_ready(bucket))
             case Loaded(bucket=bucket) if peer in self._loading.get(bucket, ()):
@@ -157,6 +180,8 @@ class Refit:
                 return self._fill(bucket + NUM_SLOTS_IN_FLIGHT) if not self._loading[bucket] else []
             case Applied() if self.phase is Phase.STREAM and peer in self._missing:
                 return self._applied(peer, message, now)
+            case Checked() if self.phase is Phase.CHECK and peer in self._missing:
+                return self._note_checked(peer, message, now)
             case Committed() if self.phase is Phase.COMMIT and peer in self._missing:
                 self._missing.discard(peer)
                 return self._close_if_committed()
@@ -183,7 +208,9 @@ class Refit:
         match call:
             case EngineCall.PAUSE:
                 self._enter_phase(Phase.STREAM, now)
-                self.state, self._session_open = EngineState.UPDATING, True
+                self._session_open = True
+                if self.moves:
+                    self.state = EngineState.UPDATING
                 self._missing = set(self._workers)
                 loads = [action for bucket in list(self._filling) for action in self._load_if_ready(bucket)]
                 return [self._call(EngineCall.UPDATE), *loads]
@@ -191,6 +218,10 @@ class Refit:
                 self._update_returned = True
                 self._deadline = now + min(self._deadline_s, REPORT_S)
                 return self._close_if_committed()
+            case EngineCall.CLOSE if not self.moves:
+                self._session_open = False
+                self._enter_phase(Phase.RESUME, now)
+                return [self._call(EngineCall.RESUME)]
             case EngineCall.CLOSE:
                 self._session_open = False
                 return [self._call(EngineCall.PUBLISH)]
@@ -256,7 +287,7 @@ class Refit:
                 "VersionError", f"trainer ranks called sync() with different versions ({text})", phase=self.phase
             )
             return self.fail(failure, now)
-        if version <= self.last_version:
+        if version <= self.last_version and self.moves:
             message = f"version {version} does not grow: the engine already had version {self.last_version}"
             return self.fail(Failure("VersionError", message, phase=self.phase), now)
         self.version = version
@@ -277,14 +308,37 @@ class Refit:
         del self._filling[bucket]
         self._loading[bucket] = set(self._workers)
         for peer in self._workers:
-            yield Send(peer, Load(self.attempt, bucket))
+            yield Send(peer, Load(self.attempt, bucket, self._loans, self._check is not None))
 
     def _applied(self, peer: Peer, message: Applied, now: float) -> list[Action]:
         self._missing.discard(peer)
         self.load_s[peer.index] += message.seconds
         self.engine_extra_bytes = max(self.engine_extra_bytes, message.extra_bytes)
+        self.reloaded.update(message.reloaded)
+        self.reasons.update(message.reasons)
         if self._missing:
             return []
+        if self._check is None:
+            return self._commit(now)
+        self._enter_phase(Phase.CHECK, now)
+        everyone = [*self._trainers, *self._workers]
+        self._missing = set(everyone)
+        return [Send(peer, Check(self.attempt, *self._check)) for peer in everyone]
+
+    def _note_checked(self, peer: Peer, message: Checked, now: float) -> list[Action]:
+        self._missing.discard(peer)
+        self._checked[peer] = message
+        if self._missing or self._compare is None:
+            return []
+        self.verification = self._compare(self._checked)
+        wrong = self.verification.wrong
+        if not wrong or not self.moves:
+            return self._commit(now)
+        name, what = next(iter(wrong.items()))
+        text = f"{len(wrong)} tensors of the engine are wrong after the refit, such as {name}: {what}"
+        return self.fail(Failure("VerifyError", text, phase=self.phase, tensor=name), now)
+
+    def _commit(self, now: float) -> list[Action]:
         self._enter_phase(Phase.COMMIT, now)
         self._missing = set(self._workers)
         return [Send(worker, Commit(self.attempt)) for worker in self._workers]

@@ -1,9 +1,10 @@
-"""What runs inside an engine worker, whatever the engine: open the slots, load bucket after bucket, check, commit.
+"""What runs inside an engine worker, whatever the engine: map the trainer's memory, load, check, commit.
 
-Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model. It knows no RPC
-either: `attach`, `run` and `close_session` are called by the engine's own entry points, one at a time, and they never
-raise for a failed refit. A failure travels to trainer rank 0 through the control channel. (An exception through vLLM's
-multi-worker RPC would leave answers of other workers in its queues.)
+Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model, along one of two
+paths (bucket_path.py, direct_path.py). It knows no RPC either: `attach`, `run` and `close_session` are called by the
+engine's own entry points, one at a time, and they never raise for a failed refit. A failure travels to trainer rank 0
+through the control channel. (An exception through vLLM's multi-worker RPC would leave answers of other workers in its
+queues.)
 """
 
 from __future__ import annotations
@@ -11,32 +12,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import torch
-
-from mbridge.pieces import TensorSpec
-
-from .buckets import Layout, Part, aligned, part_view, read_set_up
+from .bucket_path import BucketPath
+from .buckets import read_set_up
+from .checker import Checker
 from .control import Link, host_id
-from .errors import (
-    EngineBusyError,
-    EngineLoadError,
-    EngineMismatchError,
-    EngineStaleError,
-    ProtocolError,
-    SyncError,
-    as_failure,
-)
+from .direct_path import DirectPath
+from .errors import EngineBusyError, EngineMismatchError, EngineStaleError, ProtocolError, SyncError, as_failure
+from .loading import guarded
 from .messages import (
     Abort,
     Alive,
     Applied,
     Attached,
+    Check,
     Commit,
     Committed,
     Failed,
@@ -44,50 +35,36 @@ from .messages import (
     Invitation,
     Load,
     Loaded,
+    Message,
     SetUp,
 )
-from .recorder import DryRun
+from .target import Target
+from .transports.base import transport_class
 
 RELEASE_PATIENCE_S = 0.2  # a Goodbye that was sent arrives within this
 GRACE_S = 5.0  # peers wait this much longer than rank 0, so that its message, which knows more, arrives first
 _log = logging.getLogger(__name__)
-T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 
-class Target(ABC):
-    """An engine worker's model, as the receiver sees it. All calls come from one thread and block until done."""
+class Path(Protocol):
+    """How weights come into this worker: bucket_path.py or direct_path.py."""
 
-    kept_bytes: int = 0  # that the last refit held beside the model and the buckets
+    num_buckets: int
+    reloaded: list[str]
+    changed: dict[str, str] | None
 
-    @abstractmethod
-    def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
-        """Find out, without changing anything, what the loader does with `tensors`. Raises EngineMismatchError."""
+    @property
+    def reasons(self) -> dict[str, str]: ...
 
-    @abstractmethod
-    def begin(self) -> None:
-        """A refit starts: from here until `finish` or `abandon` the model may be torn."""
+    @property
+    def extra_bytes(self) -> int: ...
 
-    @abstractmethod
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Write HF tensors into the model; return the engine's names that were written.
+    def begin(self) -> None: ...
 
-        The tensors are views that are overwritten after the call: whatever is kept must be copied, and a device
-        must have read them.
-        """
+    def apply(self, message: Load) -> None: ...
 
-    @abstractmethod
-    def finish(self) -> None:
-        """All tensors came: post-process what the engine post-processes. After it the model can serve."""
-
-    @abstractmethod
-    def abandon(self) -> None:
-        """The refit failed: bring the model back into a state in which `begin` works. Its values may be anything."""
-
-
-class Slots(Protocol):
-    """The part of a transport that a receiver uses."""
-
-    def slot(self, index: int) -> torch.Tensor: ...
+    def finish(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -98,20 +75,18 @@ class _Session:
 
     link: Link
     invitation: Invitation
-    slots: Slots
-    layout: Layout
-    program: list[list[tuple[Part, torch.Tensor]]]  # per bucket: each part and its view of the slot
-    assembly: Assembly
-    examined: DryRun
+    path: Path
+    checker: Checker
+    unused: list[str]  # HF names that the model has no place for
 
 
 class Receiver:
     """One per engine worker, for the worker's whole life. Remembers what the engine serves."""
 
-    def __init__(self, target: Target, index: int, open_slots: Callable[[str, dict[str, str | int]], Slots]) -> None:
+    def __init__(self, target: Target, index: int) -> None:
         self.version = 0  # of the last commit; 0 is what the engine started with
         self.is_stale = False
-        self._target, self._index, self._open_slots = target, index, open_slots
+        self._target, self._index = target, index
         self._me = f"engine worker {index} (process {os.getpid()})"
         self._session: _Session | None = None
         self._session_open = False  # the engine's own update session: between open_session and close_session
@@ -135,22 +110,28 @@ class Receiver:
             link.send(Failed(0, as_failure(error, self._me, "connect")))
             link.close()
             return
-        unused = [t.name for t in self._session.layout.tensors if t.name not in self._session.examined.consumed]
-        link.send(Attached(unused))
+        link.send(Attached(self._session.unused))
 
     def open_session(self) -> None:
         """The engine's "start update" call."""
         self._session_open = True
 
-    def run(self, attempt: int, version: int) -> None:
-        """The engine's "update" call: one refit, from the first bucket until Commit or failure."""
+    def run(self, attempt: int, version: int, moves: bool) -> None:
+        """The engine's "update" call: one refit, from the first bucket until Commit or failure.
+
+        If it moves nothing, checksums are compared and that is all.
+        """
         session = self._session
         if session is None:
             raise ProtocolError("no trainer is connected to this engine; attach one first")
         self._pending = None
+        if not moves:
+            self._check_only(session, attempt)
+            return
         self.is_stale = True  # until close_session finds a commit
         try:
             self._refit(session, attempt)
+            self._commit(session, attempt)
         except SyncError as error:
             _log.error("refit %d failed, the engine is stale: %s", attempt, error)
             self._abandon()
@@ -169,8 +150,7 @@ class Receiver:
         if self._session is not None:
             session, self._session = self._session, None
             session.link.close()
-            session.program.clear()
-            session.slots.close()
+            session.path.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -189,81 +169,68 @@ class Receiver:
         if not isinstance(message, SetUp):
             raise ProtocolError(f"expected SetUp, got {type(message).__name__}")
         layout = read_set_up(message)
-        examined = self._guard(lambda: self._target.examine(layout.tensors), "examine the tensors")
-        twice = [pair for pair in examined.twice if not layout.optional_names.intersection(pair)]
+        examined = guarded(lambda: self._target.examine(layout.tensors), "examine the tensors")
+        found = examined.found
+        twice = [pair for pair in found.twice if not layout.optional_names.intersection(pair)]
         if twice:
             pairs = ", ".join(f"{a} and {b}" for a, b in twice[:5])
             raise EngineMismatchError(
                 f"the engine's loader writes two HF tensors to one place: {pairs}", tensor=twice[0][0]
             )
-        slots = self._open_slots(message.transport, message.address)
-        views = [slots.slot(0), slots.slot(1)]
-        program = [
-            [(part, part_view(views[part.bucket % len(views)], layout.tensors[part.tensor], part)) for part in bucket]
-            for bucket in layout.by_bucket()
-        ]
-        return _Session(link, invitation, slots, layout, program, Assembly(layout), examined)
+        transport = transport_class(message.transport)
+        path: Path
+        if message.lends:
+            path = DirectPath(layout, self._target, examined, message.lends, transport)
+        else:
+            path = BucketPath(layout, self._target, examined, transport.open(message.address))
+        unused = [spec.name for spec in layout.tensors if spec.name not in found.consumed]
+        return _Session(link, invitation, path, Checker(layout, self._target, examined.placement), unused)
 
     def _refit(self, session: _Session, attempt: int) -> None:
-        assembly = session.assembly
-        assembly.restart()
+        path, is_checked = session.path, False
         started = time.perf_counter()
-        self._guard(self._target.begin, "begin the update")
+        path.begin()
         begin_s = time.perf_counter() - started
-        loaded: set[str] = set()
-        for bucket in range(session.layout.num_buckets):
-            self._expect(session, attempt, Load, f"bucket {bucket}", bucket)
+        for bucket in range(path.num_buckets):
+            message = self._expect(session, attempt, Load, f"bucket {bucket}", bucket)
             started = time.perf_counter()
-            loaded |= self._load(assembly.ready(session.program[bucket]))
+            path.apply(message)
             session.link.send(Loaded(attempt, bucket, time.perf_counter() - started))
+            is_checked = message.is_checked
         started = time.perf_counter()
-        expected = session.examined.loaded
-        if expected is not None and loaded != expected:
-            missing, extra = sorted(expected - loaded), sorted(loaded - expected)
-            raise EngineLoadError(
-                f"the engine's loader wrote other parameters than planned: missing {missing[:5]}, extra {extra[:5]}"
-            )
-        self._guard(self._target.finish, "finish the update")
+        path.finish()
         seconds = begin_s + time.perf_counter() - started
-        session.link.send(Applied(attempt, seconds, assembly.num_bytes + self._target.kept_bytes))
-        self._expect(session, attempt, Commit, "Commit", None)
+        if is_checked and path.changed is not None:
+            session.checker.record(path.changed)
+        else:
+            session.checker.forget()
+        session.link.send(Applied(attempt, seconds, path.extra_bytes, path.reloaded, path.reasons))
+
+    def _check_only(self, session: _Session, attempt: int) -> None:
+        try:
+            session.link.send(Applied(attempt, 0.0, 0))
+            self._commit(session, attempt)
+        except SyncError as error:
+            _log.error("check %d failed: %s", attempt, error)
+            session.link.send(Failed(attempt, as_failure(error, self._me, "check")))
+
+    def _commit(self, session: _Session, attempt: int) -> None:
+        """Send checksums if they are asked for, then wait for Commit."""
+        message = self._expect(session, attempt, (Check, Commit), "Commit", None)
+        if isinstance(message, Check):
+            session.link.send(session.checker.check(message, attempt, session.path.changed))
+            self._expect(session, attempt, Commit, "Commit", None)
         session.link.send(Committed(attempt))
 
     def _abandon(self) -> None:
         try:
-            self._guard(self._target.abandon, "abandon the update")
+            guarded(self._target.abandon, "abandon the update")
         except SyncError as error:
             _log.error("%s", error)  # the refit's own error is the one to report
 
-    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        current: list[str | None] = [None]  # the tensor that the loader has in hand
-        exhausted = False
-
-        def named() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal exhausted
-            for name, tensor in tensors:
-                current[0] = name
-                yield name, tensor
-            current[0], exhausted = None, True
-
-        loaded = self._guard(lambda: self._target.load(named()), "load", current)
-        if not exhausted:
-            raise EngineLoadError("the engine's loader stopped before the last tensor", tensor=current[0])
-        return loaded
-
-    def _guard(self, call: Callable[[], T], what: str, current: Sequence[str | None] = (None,)) -> T:
-        """Make a call into the engine's code. It may raise anything; that becomes one typed error."""
-        try:
-            return call()
-        except SyncError:
-            raise
-        except Exception as error:
-            message = f"the engine failed to {what}: {type(error).__name__}: {error}"
-            raise EngineLoadError(message, tensor=current[0]) from error
-
     def _expect(
-        self, session: _Session, attempt: int, kind: type[Load] | type[Commit], what: str, bucket: int | None
-    ) -> None:
+        self, session: _Session, attempt: int, kind: type[M] | tuple[type[M], ...], what: str, bucket: int | None
+    ) -> M:
         while True:
             message = session.link.recv(session.invitation.deadline_s + GRACE_S, what)
             if isinstance(message, Alive) or getattr(message, "attempt", attempt) < attempt:
@@ -274,48 +241,5 @@ class Receiver:
                     f"aborted by trainer rank 0: {failure.message}", origin=failure.origin, phase=failure.phase
                 )
             if isinstance(message, kind) and getattr(message, "bucket", None) == bucket:
-                return
-            raise ProtocolError(f"expected {kind.__name__} ({what}), got {message!r}")
-
-
-class Assembly:
-    """Puts the tensors of fusion groups that lie in several buckets together again; whole groups pass as they are.
-
-    Groups come one after the other, so one buffer of the largest such group serves them all, refit after refit.
-    """
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._group_of = {t: group for group in layout.split_groups for t in group}
-        self._num_parts = Counter(self._group_of[p.tensor] for p in layout.parts if p.tensor in self._group_of)
-        self._left = dict(self._num_parts)
-        self._tensors: dict[int, torch.Tensor] = {}
-        self.num_bytes = 0
-        for group in layout.split_groups:
-            self.num_bytes = max(self.num_bytes, sum(aligned(layout.tensors[t].num_bytes) for t in group))
-        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)  # zeros: its pages are there before the first refit
-        for group in layout.split_groups:
-            offset = 0
-            for t in group:
-                spec = layout.tensors[t]
-                self._tensors[t] = buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
-                offset += aligned(spec.num_bytes)
-
-    def restart(self) -> None:
-        """A refit begins; the last one may have been left in the middle."""
-        self._left = dict(self._num_parts)
-
-    def ready(self, bucket: list[tuple[Part, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every (HF name, whole tensor) that is complete with the parts of this bucket. Valid until the next call."""
-        for part, view in bucket:
-            spec = self._layout.tensors[part.tensor]
-            group = self._group_of.get(part.tensor)
-            if group is None:
-                yield spec.name, view
-                continue
-            whole = self._tensors[part.tensor]
-            (whole[part.start : part.stop] if spec.shape else whole).copy_(view)
-            self._left[group] -= 1
-            if self._left[group] == 0:
-                for t in group:
-                    yield self._layout.tensors[t].name, self._tensors[t]
+                return message
+            raise ProtocolError(f"expected {what}, got {message!r}")

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
+
+from .messages import Verification
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What a comparison of the engine's own memory with the trainer's weights found. Equal on every trainer rank."""
+
+    num_compared: int  # HF tensors whose checksums were compared
+    num_tensors: int  # HF tensors in all
+    wrong: dict[str, str]  # HF tensor (or a tensor of the engine's own) -> what is wrong
+    unchecked: dict[str, str]  # HF tensor, or tensor of the engine -> why it could not be compared
+    seconds: float
+
+    @classmethod
+    def of(cls, found: Verification, seconds: float) -> VerifyReport:
+        return cls(found.num_compared, found.num_tensors, found.wrong, found.unchecked, seconds)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong of what was compared."""
+        return not self.wrong
+
+    def __str__(self) -> str:
+        verdict = "all equal" if self.ok else f"{len(self.wrong)} WRONG: {', '.join(list(self.wrong)[:5])}"
+        return (
+            f"compared {self.num_compared} of {self.num_tensors} tensors in {self.seconds:.2f} s: {verdict}; "
+            f"{len(self.unchecked)} could not be compared"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +43,7 @@ class SyncReport:
     version: int
     engine: str
     total_s: float  # from rank 0's sync() until the engine serves again
-    phases: dict[str, float]  # seconds in enter (until every rank had called), pause, stream, commit, resume
+    phases: dict[str, float]  # seconds in enter (until every rank had called), pause, stream, check, commit, resume
     fill_s: float  # within stream: copying into buckets, the slowest trainer rank
     load_s: float  # within stream: the engine's own loading, the slowest worker; overlaps fill_s
     num_bytes: int
@@ -22,10 +51,12 @@ class SyncReport:
     num_buckets: int
     num_trainers: int
     num_workers: int
-    paths: dict[str, str]  # fusion group (by its first HF name) -> the path it took
+    paths: dict[str, str]  # fusion group (by its first HF name) -> "direct", "reload" (by the engine) or "bucket"
     trainer_extra_bytes: int  # beside the model: the buckets, shared by all processes of the host
     engine_extra_bytes: int  # beside the model and the buckets, in the worker that held most
-    copy_limit_gb_s: float | None = None  # one thread's memcpy on this machine, measured when the syncer was built
+    copy_limit_gb_s: float | None = None  # of a plain copy on the trainer's device, measured when the syncer was built
+    reasons: dict[str, str] = field(default_factory=dict)  # engine module -> why it is not written directly
+    verification: VerifyReport | None = None
 
     @property
     def gb_per_s(self) -> float:

@@ -9,7 +9,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,30 @@ from mbridge.pieces import TensorSpec, whole_pieces
 from mbridge.plan import TrainerPlan
 
 from .engines.base import Engine
-from .errors import EngineBusyError, EngineStaleError, SyncError, VersionError
+from .errors import EngineBusyError, EngineStaleError, SyncError, TransportError, VersionError
+from .lender import Lender
+from .messages import Loan
 from .protocol import EngineState
-from .syncer import WeightSyncer
-from .transports.base import NUM_SLOTS, Transport
+from .syncer import PathChoice, WeightSyncer
+from .transports.base import NUM_SLOTS, Address, Lent, Transport
 
 Tensors = Mapping[str, torch.Tensor]
+
+
+class LiveView(Mapping[str, torch.Tensor]):
+    """A view of the dict that `read` returns at each access."""
+
+    def __init__(self, read: Callable[[], Tensors]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
 
 
 class WholeBridge:
@@ -38,12 +56,17 @@ class WholeBridge:
         pieces, groups = tuple(whole_pieces(specs)), tuple((spec.name,) for spec in specs)
         return TrainerPlan(specs, groups, pieces, pieces, optional_names=frozenset(), digest="whole")
 
-    def local_tensors(self, models: Sequence[Any]) -> Tensors:
-        return self.tensors
+    def live_tensors(self, models: Sequence[Any]) -> Tensors:
+        return LiveView(lambda: self.tensors)
 
 
-def check_transport(kind: type[Transport], slot_bytes: int = 3 << 12) -> None:
-    """Two mappings of the same slots: what is written through one is read through the other; who creates destroys."""
+def check_transport(
+    kind: type[Transport], slot_bytes: int = 3 << 12, *, device: str = "cpu", lends: bool = True
+) -> None:
+    """Two mappings of the same slots: what is written through one is read through the other; who creates destroys.
+
+    Then, if it `lends`, tensors of `device` are lent: what is mapped is their memory, views of one storage included.
+    """
     creator = kind.create(slot_bytes)
     try:
         peer = kind.open(creator.address)
@@ -67,9 +90,57 @@ def check_transport(kind: type[Transport], slot_bytes: int = 3 << 12) -> None:
     finally:
         creator.close()
         creator.close()
+    if lends:
+        _check_lending(kind, device)
+    else:
+        _raises(TransportError, lambda: kind.lend({"a": torch.zeros(1, device=device)}), "lent what cannot be mapped")
 
 
-def check_engine(make: Callable[[], Engine], read: Callable[[Engine], Tensors], tensors: Tensors) -> None:
+def _check_lending(kind: type[Transport], device: str) -> None:
+    whole = torch.arange(3000, dtype=torch.float32, device=device)
+    tensors = {
+        "part": whole[100:200].view(10, 10),
+        "other": torch.arange(77, device=device).to(torch.bfloat16),
+        "whole": whole,
+        "empty": torch.empty(0, device=device),
+    }
+    lent = kind.lend(tensors)
+    assert set(lent.places) == {"part", "other", "whole"}, "every tensor with elements has a place, no other has"
+    assert len(lent.segments) <= 2, "tensors of one storage lie in one segment"
+    mapped = [kind.map_segment(address) for address in lent.segments]
+
+    def check(name: str, violation: str) -> None:
+        index, offset = lent.places[name]
+        tensor, segment = tensors[name], mapped[index].bytes
+        assert segment.dtype == torch.uint8, "a segment is uint8"
+        assert segment.dim() == 1, "a segment is flat"
+        there = segment[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        assert torch.equal(there, tensor), f"{name}: {violation}"
+
+    for name in lent.places:
+        check(name, "what is mapped are other bytes than the tensor's")
+    whole[150] = -1
+    assert tensors["part"][5, 0].eq(-1), "lending parted a tensor from its view"
+    for name in lent.places:
+        check(name, "what is written after lending is not seen")
+    assert kind.lend(tensors) == lent, "the same memory, lent again, has the same addresses"
+    moved = kind.lend({**tensors, "other": tensors["other"].clone()})
+    assert _where(moved, "other") != _where(lent, "other"), "other memory has the same address"
+    assert _where(moved, "part") == _where(lent, "part"), "a tensor that did not move has another address"
+    for segment in mapped:
+        segment.close()
+        segment.close()
+        _raises(TransportError, lambda segment=segment: segment.bytes, "a closed segment still has bytes")  # type: ignore[misc]
+
+
+def _where(lent: Lent, name: str) -> tuple[Address, int]:
+    index, offset = lent.places[name]
+    return lent.segments[index], offset
+
+
+def check_engine(
+    make: Callable[[], Engine], read: Callable[[Engine], Tensors], tensors: Tensors, *, path: PathChoice = "bucket"
+) -> None:
     """Refits an engine from `make()`, which must hold the model of `tensors`; `read(engine)` gives its HF tensors back.
 
     Weights arrive exactly and again and again; versions grow; a second trainer is refused; after a failed refit the
@@ -77,18 +148,27 @@ def check_engine(make: Callable[[], Engine], read: Callable[[Engine], Tensors], 
     """
     engine, bridge = make(), WholeBridge(tensors)
     size = max(t.nbytes for t in tensors.values()) // 2  # some tensors are split
-    with WeightSyncer(bridge, engine, bucket_bytes=size, deadline_s=30) as syncer:
+    with WeightSyncer(bridge, engine, bucket_bytes=size, deadline_s=30, path=path) as syncer:
         first = syncer.version
-        for step in (1, 2):
+        for step in (1, 2, 3):
             bridge.tensors = {name: _changed(t, step) for name, t in tensors.items()}
             report = syncer.sync()
             assert report.version == first + step, "versions grow by one unless told otherwise"
             _compare(read(engine), bridge.tensors)
+        report = syncer.sync(verify="full")
+        assert report.verification is not None, "a verified sync reports what it compared"
+        assert report.verification.num_compared == len(tensors), f"not all compared: {report.verification}"
+        _compare(read(engine), bridge.tensors)
+        assert syncer.verify().ok, "verify() finds an error where there is none"
+        name = next(iter(tensors))
+        bridge.tensors[name] = _changed(bridge.tensors[name], 1)
+        assert list(syncer.verify().wrong) == [name], "verify() does not name the tensor that differs"
+        syncer.sync()
         _raises(VersionError, lambda: syncer.sync(first), "a version that does not grow was accepted")
         _raises(EngineBusyError, lambda: WeightSyncer(bridge, engine), "two trainers on one engine")
         assert _state(engine) is EngineState.SERVING, "a refused refit must not touch the engine"
-    with _Failing(bridge, engine, bucket_bytes=size, deadline_s=30) as failing:
-        assert failing.version == first + 2, "the engine forgot its version"
+    with _Failing(bridge, engine, bucket_bytes=size, deadline_s=30, path=path) as failing:
+        assert failing.version == first + 5, "the engine forgot its version"
         _raises(SyncError, failing.sync, "a trainer's failure went unnoticed")
         assert _state(engine) is EngineState.STALE, "a torn engine must be stale"
         _raises(EngineStaleError, engine.check_serving, "a stale engine serves")
@@ -103,10 +183,10 @@ class _Failing(WeightSyncer):
 
     fails = True
 
-    def _fill(self, bucket: int) -> None:
-        if self.fails and bucket == self.layout.num_buckets // 2:
+    def _fill(self, bucket: int) -> Loan | None:
+        if self.fails and (isinstance(self._mover, Lender) or bucket == self.layout.num_buckets // 2):
             raise SyncError("a failure on purpose")
-        super()._fill(bucket)
+        return super()._fill(bucket)
 
 
 def _state(engine: Engine) -> EngineState:

@@ -7,8 +7,8 @@ such as the stand-ins that bear TransformerEngine's parameter names in tests.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -25,14 +25,25 @@ class LocalTensor:
 
     `name` is relative to the bare model of chunk `chunk` (no `module.` of a wrapper) and holds the layer's number
     within that chunk. `global_layer` is the layer's number in the whole model, from 0, and None outside layers; for
-    `mtp.layers` it is the depth, from 0. `tensor` is the live `nn.Parameter` or buffer itself: its storage may be
-    replaced by an optimizer or an offload, so keep names and walk again rather than keeping tensors.
+    `mtp.layers` it is the depth, from 0. `tensor` is the `nn.Parameter` or buffer that was found: its storage may be
+    replaced by an optimizer or an offload, and the object itself by another, so rather than keeping tensors keep this
+    and ask for `current`. `holder[key]` is where the module keeps it: its dict of parameters or of buffers.
     """
 
     chunk: int
     name: str
     global_layer: int | None
     tensor: torch.Tensor
+    holder: Mapping[str, torch.Tensor | None] = field(repr=False, compare=False)
+    key: str
+
+    @property
+    def current(self) -> torch.Tensor:
+        """What the module holds under this name now. Looked up, not searched. Raises ModelError if it is gone."""
+        tensor = self.holder.get(self.key)
+        if tensor is None:
+            raise ModelError(f"chunk {self.chunk} had a tensor {self.name!r} when it was walked, and has none now")
+        return tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -59,10 +70,10 @@ def walk(models: nn.Module | Sequence[nn.Module]) -> list[LocalTensor]:
     for index, chunk in enumerate(chunks):
         bare = unwrap(chunk)
         layers = layer_numbers(bare, where=f"chunk {index}")
-        for name, tensor in _named_tensors(bare):
+        for name, tensor, holder, key in _held_tensors(bare):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                found.append(LocalTensor(index, name, _layer_of(name, layers), tensor))
+                found.append(LocalTensor(index, name, _layer_of(name, layers), tensor, holder, key))
     return found
 
 
@@ -86,15 +97,16 @@ def layer_numbers(model: nn.Module, *, where: str = "the model") -> dict[str, in
     return numbers
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Mapping[str, torch.Tensor | None], str]]:
+    """(name, tensor, dict of a module that holds it, key in that dict)."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            yield prefix + name, parameter
-        for name, buffer in module.named_buffers(recurse=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            yield prefix + key, parameter, module._parameters, key
+        for key, buffer in module.named_buffers(recurse=False):
             # The set is private to torch but has no public reader; state_dict() would copy and call hooks.
-            if name not in module._non_persistent_buffers_set:
-                yield prefix + name, buffer
+            if key not in module._non_persistent_buffers_set:
+                yield prefix + key, buffer, module._buffers, key
 
 
 def _layer_of(name: str, layers: dict[str, int]) -> int | None:

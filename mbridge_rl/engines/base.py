@@ -52,8 +52,8 @@ class Engine(ABC):
         """Stop scheduling; requests in flight are awaited, aborted or kept. New requests wait or are refused."""
 
     @abstractmethod
-    def update(self, attempt: int, version: int) -> None:
-        """Have every worker call `Receiver.open_session()` and `Receiver.run(attempt, version)`."""
+    def update(self, attempt: int, version: int, moves: bool) -> None:
+        """Have every worker call `Receiver.open_session()` and `Receiver.run(attempt, version, moves)`."""
 
     @abstractmethod
     def close_session(self) -> None:

@@ -6,18 +6,20 @@ models are. Any other is loaded by name: HF names are those of its parameters an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from mbridge.live import LiveTensors
 from mbridge.pieces import TensorSpec
 
 from ..errors import EngineMismatchError
 from ..messages import Invitation
-from ..receiver import Receiver, Target
-from ..recorder import DryRun, dry_run
-from ..transports.base import transport_class
+from ..placement import place
+from ..receiver import Receiver
+from ..recorder import dry_run
+from ..target import Examined, Target
 from .base import Engine, InFlight
 
 
@@ -26,9 +28,7 @@ class ModuleEngine(Engine):
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
-        self.receiver = Receiver(
-            ModuleTarget(module), 0, lambda transport, address: transport_class(transport).open(address)
-        )
+        self.receiver = Receiver(ModuleTarget(module), 0)
 
     @property
     def name(self) -> str:
@@ -47,9 +47,9 @@ class ModuleEngine(Engine):
     def pause(self, in_flight: InFlight) -> None:
         """Nothing to pause: the module runs only when called."""
 
-    def update(self, attempt: int, version: int) -> None:
+    def update(self, attempt: int, version: int, moves: bool) -> None:
         self.receiver.open_session()
-        self.receiver.run(attempt, version)
+        self.receiver.run(attempt, version, moves)
 
     def close_session(self) -> None:
         self.receiver.close_session()
@@ -70,8 +70,10 @@ class ModuleTarget(Target):
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._load = getattr(module, "load_weights", None) or self._load_by_name
+        self._live = LiveTensors.of(module)
+        self.device = next((t.device for t in self._live.values()), torch.device("cpu"))
 
-    def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+    def examine(self, tensors: tuple[TensorSpec, ...]) -> Examined:
         found = dry_run(self._load, tensors)
         if found.loaded is not None:
             loaded = {_address(self._module_tensors()[name]) for name in found.loaded}
@@ -82,9 +84,10 @@ class ModuleTarget(Target):
                     f"the trainer has no tensor for {len(missing)} of the module's: {', '.join(missing[:5])}",
                     tensor=missing[0],
                 )
-        return found
+        modules = {name: name.rpartition(".")[0] for name in self._live}
+        return Examined(found, place(found, self._live, modules))
 
-    def begin(self) -> None:
+    def begin(self, modules: frozenset[str] | None = None) -> None:
         """Writes go straight into the module."""
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -96,6 +99,9 @@ class ModuleTarget(Target):
 
     def abandon(self) -> None:
         """Nothing was begun."""
+
+    def live(self) -> Mapping[str, torch.Tensor]:
+        return self._live
 
     def _module_tensors(self) -> dict[str, torch.Tensor]:
         return self._module.state_dict(keep_vars=True)

@@ -81,9 +81,9 @@ class _VLLM(Engine):
     def attach(self, invitation: Invitation) -> None:
         self._call("init_weight_transfer_engine", init_info={"invitation": msgspec.to_builtins(invitation)})
 
-    def update(self, attempt: int, version: int) -> None:
+    def update(self, attempt: int, version: int, moves: bool) -> None:
         self._call("start_weight_update")
-        self._call("update_weights", update_info={"attempt": attempt, "version": version})
+        self._call("update_weights", update_info={"attempt": attempt, "version": version, "moves": moves})
 
     def close_session(self) -> None:
         self._call("finish_weight_update")

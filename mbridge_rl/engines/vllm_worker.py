@@ -1,13 +1,14 @@
 """The backend `mbridge` inside a vLLM worker process: vLLM's four weight-transfer calls, forwarded to a Receiver.
 
-Weights go through vLLM's own `load_weights` inside its layerwise reload, with exactly one initialize and one finalize
-around a refit: modules that vLLM post-processes are post-processed again, and kernel tensors keep their addresses. From
-vLLM 0.26 on the base class leaves both to the backend.
+What does not go directly into the model's memory goes through vLLM's own `load_weights` inside its layerwise reload,
+with exactly one initialize and one finalize around a refit: modules that vLLM post-processes are post-processed again,
+and kernel tensors keep their addresses. From vLLM 0.26 on the base class leaves both to the backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,19 +16,26 @@ import msgspec
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from mbridge.live import LiveTensors
 from mbridge.pieces import TensorSpec
 
 from ..errors import EngineMismatchError
 from ..messages import Invitation
-from ..receiver import Receiver, Target
-from ..recorder import DryRun, Loader, dry_run
-from ..transports.base import transport_class
+from ..placement import place
+from ..receiver import Receiver
+from ..recorder import Loader, dry_run
+from ..target import Examined, Target
+
+# Of torch.nn.Module itself: what a reload replaces and puts back.
+MODULE_FIELDS = frozenset(vars(torch.nn.Module()))
+PLAIN = (bool, int, float, str, bytes, tuple, list, dict, set, frozenset, torch.dtype, torch.device, torch.Size)
 
 
 @dataclass
@@ -43,6 +51,7 @@ class MBridgeUpdateInfo(WeightTransferUpdateInfo):
 
     attempt: int
     version: int
+    moves: bool
 
 
 class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeUpdateInfo]):
@@ -61,7 +70,7 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
             parallel = self.vllm_config.parallel_config
             index = parallel.data_parallel_index * parallel.world_size + parallel.rank
             target = VLLMTarget(self.model, self.vllm_config, self.device)
-            self._receiver = Receiver(target, index, lambda name, address: transport_class(name).open(address))
+            self._receiver = Receiver(target, index)
         return self._receiver
 
     def init_transfer_engine(self, init_info: MBridgeInitInfo) -> None:
@@ -72,7 +81,7 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
 
     def receive_weights(self, update_info: MBridgeUpdateInfo) -> None:
         with set_current_vllm_config(self.vllm_config):  # vLLM itself does so from 0.31 on
-            self.receiver.run(update_info.attempt, update_info.version)
+            self.receiver.run(update_info.attempt, update_info.version, update_info.moves)
 
     def finish_weight_update(self) -> None:
         self.receiver.close_session()
@@ -88,17 +97,29 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
 
 
 class VLLMTarget(Target):
-    """One worker's vLLM model, loaded through vLLM's layerwise reload."""
+    """One worker's vLLM model, loaded through vLLM's layerwise reload, of all modules or of some."""
 
     def __init__(self, model: torch.nn.Module, vllm_config: Any, device: torch.device) -> None:
-        self._model, self._vllm_config, self._device = model, vllm_config, device
+        self.device = device
+        self._model, self._vllm_config = model, vllm_config
         self._load_weights = cast(Loader, model.load_weights)
         self._model_config = vllm_config.model_config
-        self._modules = list(model.modules())
+        self._modules = dict(model.named_modules())
+        self._live = LiveTensors.of(model)
+        self._selection = Selection(self._modules.values())
+        self._is_partial = False
         self._tied: list[torch.nn.Module] = []
         self._aside: list[tuple[Any, Any, Any]] = []  # fused-MoE methods with their kernel and its quantisation config
+        self._before: dict[str, list[tuple[str, object]]] = {}
+        # Attention that computes with matrices made of another module's weights (MLA's kv_b_proj).
+        self._deriving = [
+            module
+            for module in self._modules.values()
+            if isinstance(module, Attention | MLAAttention)
+            and any(True for child in module.children() for _ in child.parameters())
+        ]
 
-    def examine(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+    def examine(self, tensors: tuple[TensorSpec, ...]) -> Examined:
         aliases = _aliases(self._model)
         with set_current_vllm_config(self._vllm_config), torch.no_grad():
             initialize_layerwise_reload(self._model)
@@ -110,6 +131,7 @@ class VLLMTarget(Target):
                         _unwrap_loader(tensor)
                 wanted = {name for name, _ in self._model.named_parameters()}
                 found = dry_run(self._load_weights, tensors)
+                placement = place(found, LiveTensors.of(self._model), self._module_of())
             finally:
                 self.abandon()
         # As vLLM's own loader does: only unquantised models tell what they loaded in terms of their parameters.
@@ -124,17 +146,26 @@ class VLLMTarget(Target):
                 )
         self._tied = [
             module
-            for path, module in self._model.named_modules()
+            for path, module in self._modules.items()
             if any(
                 len(aliases.get(name, ())) > 1 and name not in (found.loaded or ()) for name in _own_names(path, module)
             )
         ]
-        return found
+        if self._vllm_config.parallel_config.enable_eplb:
+            placement.opaque |= dict.fromkeys(
+                placement.module_of.values(), "EPLB moves experts while the engine serves"
+            )
+        return Examined(found, placement)
 
-    def begin(self) -> None:
+    def begin(self, modules: frozenset[str] | None = None) -> None:
         self.kept_bytes = 0
-        initialize_layerwise_reload(self._model)
-        self._set_packing_kernels_aside()
+        self._is_partial = modules is not None
+        self._selection = Selection(self._modules[path] for path in (self._modules if modules is None else modules))
+        if modules is None:
+            self._before = {path: _attributes(self._modules[path]) for path in self.processed_modules()}
+        if self._selection:
+            initialize_layerwise_reload(self._selection)
+            self._set_packing_kernels_aside()
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         storages: set[int] = set()
@@ -146,23 +177,29 @@ class VLLMTarget(Target):
 
         loaded = self._load_weights(noted()) or set()
         self._keep_pending(storages)
-        if self._device.type != "cpu":
+        if self.device.type != "cpu":
             torch.accelerator.synchronize()
         return loaded
 
     def finish(self) -> None:
-        for module in self._modules:
-            info = get_layerwise_info(module)
-            if info.can_load() and info.load_numel == 0:
-                info.load_numel_total = 0  # the receiver has checked that nothing is missing: no warning, please
-        finalize_layerwise_reload(self._model, self._model_config)
-        self._put_kernels_back()
+        if self._selection:
+            for module in self._selection.modules():
+                info = get_layerwise_info(module)
+                if info.can_load() and info.load_numel == 0:
+                    info.load_numel_total = 0  # the receiver has checked that nothing is missing: no warning, please
+            finalize_layerwise_reload(self._selection, self._model_config)
+            self._put_kernels_back()
         # A tied lm_head shares the embedding's memory but not what was made of it after loading (packed weights on
         # CPU).
         for module in self._tied:
             quant_method = getattr(module, "quant_method", None)
             if isinstance(quant_method, QuantizeMethodBase):
                 quant_method.process_weights_after_loading(module)
+        if self._is_partial:
+            for attention in self._deriving:
+                attention.process_weights_after_loading(self._model_config.dtype)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def abandon(self) -> None:
         # Forget what reload has kept of incomplete layers; finalize then puts their live tensors back as they are.
@@ -174,6 +211,30 @@ class VLLMTarget(Target):
         finalize_layerwise_reload(self._model, self._model_config)
         self._put_kernels_back()
 
+    def live(self) -> Mapping[str, torch.Tensor]:
+        return self._live
+
+    def processed_modules(self) -> set[str]:
+        return {
+            path
+            for path, module in self._modules.items()
+            if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
+            or isinstance(module, Attention | MLAAttention)
+        }
+
+    def remade(self) -> dict[str, str]:
+        found = {}
+        for path, before in self._before.items():
+            now = dict(_attributes(self._modules[path]))
+            other = [name for name, value in before if not _is_same(value, now.pop(name, None))]
+            if other or now:
+                found[path] = f"after loading vLLM makes {', '.join([*other, *now][:3])} anew"
+        self._before.clear()
+        return found
+
+    def _module_of(self) -> dict[str, str]:
+        return {name: name.rpartition(".")[0] for name in self._live}
+
     def _set_packing_kernels_aside(self) -> None:
         """Let unquantised MoE layers whose kernel packs its weights (on CPU) be packed again.
 
@@ -181,7 +242,7 @@ class VLLMTarget(Target):
         raw weights where packed ones are read: wrong tokens, no error. Can go when vLLM packs in both branches of
         `_setup_kernel`. The kernels are put back afterwards: they refer to the layer's lasting tensors.
         """
-        for module in self._modules:
+        for module in self._selection.modules():
             method = getattr(module, "quant_method", None)
             if not isinstance(method, UnquantizedFusedMoEMethod):
                 continue
@@ -198,7 +259,7 @@ class VLLMTarget(Target):
 
     def _keep_pending(self, storages: set[int]) -> None:
         """Reload keeps a layer's tensors until the layer is complete: copy those that the next bucket overwrites."""
-        for module in self._modules:
+        for module in self._selection.modules():
             for _, call in get_layerwise_info(module).loaded_weights:
                 for key, value in call.arguments.items():
                     if (
@@ -208,6 +269,38 @@ class VLLMTarget(Target):
                     ):
                         call.arguments[key] = value.clone()
                         self.kept_bytes += value.nbytes
+
+
+class Selection(list[torch.nn.Module]):
+    """Some modules, as vLLM's reload asks a model for its own: exactly these, without their children."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        super().__init__(modules)
+
+    def modules(self) -> list[torch.nn.Module]:
+        return self
+
+
+def _attributes(module: torch.nn.Module) -> list[tuple[str, object]]:
+    """What a module and its quantisation method hold beside parameters, buffers and children, weakly if possible."""
+    quant_method = getattr(module, "quant_method", None)
+    own = [(name, value) for name, value in vars(module).items() if name not in MODULE_FIELDS]
+    own += [(f"quant_method.{name}", value) for name, value in vars(quant_method).items()] if quant_method else []
+    return [(name, _weak(value)) for name, value in own]
+
+
+def _weak(value: object) -> object:
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
+
+
+def _is_same(before: object, now: object) -> bool:
+    """Whether two of `_attributes` are the same object, or equal plain values."""
+    if isinstance(before, weakref.ref) and isinstance(now, weakref.ref):
+        return before() is not None and before() is now()
+    return before is now or (type(before) is type(now) and isinstance(before, PLAIN) and before == now)
 
 
 def _unwrap_loader(tensor: torch.Tensor | None) -> None:

@@ -3,11 +3,16 @@
 A transport owns two *slots* of equal size; bucket k uses slot k % 2. Rank 0 of the trainer creates them once per syncer
 (`create`), sends `address` to every peer, and each peer opens them (`open`). Nothing is allocated during a refit.
 Who creates destroys: `close` on the creator frees the memory; on a peer it only lets go of its mapping.
+
+A transport may also *lend*, for the direct path: a trainer gives out the addresses of the memory that its parameters
+lie in, and workers map it (`map_segment`). A *segment* is one contiguous allocation, however many tensors it holds.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -19,9 +24,47 @@ from ..errors import TransportError
 
 NUM_SLOTS = 2
 
+Address = dict[str, str | int]  # plain values, that any message can carry
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Where lent tensors lie.
+
+    `segments` are addresses for `map_segment`. Two are equal exactly if they are the same memory, so that a worker
+    recognises what it has mapped; memory that was freed and allocated anew at one place gets another address.
+    `places` says for each tensor that has elements: segment index, and byte offset of its first element.
+    """
+
+    segments: list[Address]
+    places: dict[str, tuple[int, int]]
+
+
+class Mapped:
+    """A segment of another process, mapped into this one. To be read, never written."""
+
+    def __init__(self, memory: torch.Tensor, release: Callable[[], object] | None = None) -> None:
+        self._memory: torch.Tensor | None = memory
+        self._release = release
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The whole segment as a flat uint8 tensor. It and its views are valid until `close`."""
+        if self._memory is None:
+            raise TransportError("this segment is closed")
+        return self._memory
+
+    def close(self) -> None:
+        """Unmap. Work that reads the segment must be done. Calling it again does nothing."""
+        if self._memory is None:
+            return
+        self._memory = None
+        if self._release is not None:
+            self._release()
+
 
 class Transport(ABC):
-    """Two slots of shared memory.
+    """Two slots of shared memory, and memory of others.
 
     Every call returns at once or raises TransportError; nothing here waits for a peer.
     """
@@ -35,12 +78,12 @@ class Transport(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, address: dict[str, str | int]) -> Self:
+    def open(cls, address: Address) -> Self:
         """Map the slots that another process created."""
 
     @property
     @abstractmethod
-    def address(self) -> dict[str, str | int]:
+    def address(self) -> Address:
         """What `open` needs, in plain strings and integers."""
 
     @abstractmethod
@@ -54,6 +97,28 @@ class Transport(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go. Views of the slots must not be used any more. Calling it again does nothing."""
+
+    @classmethod
+    def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:
+        """Make the memory of `tensors` (local name -> tensor) something that other processes can map.
+
+        Called again when tensors have moved. The caller sees to it that writes are complete before others read.
+        Raises TransportError, with the reason, if it cannot be shared.
+        """
+        raise TransportError(f"transport {cls.name} lends no memory")
+
+    @classmethod
+    def map_segment(cls, address: Address) -> Mapped:
+        """Map a segment that another process lends. Raises TransportError.
+
+        Map each once and keep it; close what is lent no more before mapping what came in its place.
+        """
+        raise TransportError(f"transport {cls.name} lends no memory")
+
+
+def transport_for(tensors: Iterable[torch.Tensor]) -> str:
+    """The transport that "auto" stands for when a trainer's tensors are these: it depends on their devices alone."""
+    return "cuda_ipc" if {tensor.device.type for tensor in tensors} == {"cuda"} else "shared_memory"
 
 
 def builtin_transports() -> list[str]:

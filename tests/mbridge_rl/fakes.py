@@ -11,6 +11,7 @@ import torch
 
 from mbridge.pieces import Box, Piece, Region, TensorSpec
 from mbridge.plan import TrainerPlan
+from mbridge_rl.testing import LiveView
 
 Tensors = dict[str, torch.Tensor]
 
@@ -48,8 +49,8 @@ class FakeBridge:
     def plan(self, models: Sequence[Any]) -> TrainerPlan:
         return TrainerPlan(self.specs, self.groups, self.pieces, self.pieces, self.optional, self.digest)
 
-    def local_tensors(self, models: Sequence[Any]) -> Mapping[str, torch.Tensor]:
-        return self.local
+    def live_tensors(self, models: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+        return LiveView(lambda: self.local)
 
     def _piece(self, spec: TensorSpec) -> Piece | None:
         rows = spec.shape[0] if spec.shape else 0

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbridge.pieces import TensorSpec, check_cover
+from mbridge_rl.bucket_path import Assembly
 from mbridge_rl.buckets import (
     ALIGNMENT,
     DEFAULT_LIMIT_BYTES,
@@ -23,7 +24,6 @@ from mbridge_rl.buckets import (
 )
 from mbridge_rl.errors import PlanMismatchError, SyncError
 from mbridge_rl.filler import Filler
-from mbridge_rl.receiver import Assembly
 from tests.mbridge_rl.fakes import FakeBridge
 
 DTYPES = [torch.bfloat16, torch.float32, torch.uint8, torch.float64]
@@ -56,7 +56,7 @@ def test_what_is_filled_comes_out(model: tuple[list[TensorSpec], list[tuple[str,
     bridges = [FakeBridge(tensors, rank, ranks) for rank in range(ranks)]
     fillers = [Filler(layout, bridge.pieces, slots) for bridge in bridges]
     for filler, bridge in zip(fillers, bridges, strict=True):
-        filler.begin(bridge.local_tensors([]))
+        filler.begin(bridge.live_tensors([]))
     assembly = Assembly(layout)
     found: list[str] = []
     for number, parts in enumerate(layout.by_bucket()):
@@ -171,7 +171,7 @@ def test_a_filler_holds_no_tensor_between_refits() -> None:
     layout = plan_buckets(bridge.specs, bridge.groups)
     filler = Filler(layout, bridge.pieces, [torch.zeros(layout.bucket_bytes, dtype=torch.uint8)] * 2)
     filler.begin(bridge.local)
-    filler.end()
+    filler.end(succeeded=True)
     with pytest.raises(KeyError):
         filler.fill(0)
     with pytest.raises(PlanMismatchError, match="contiguous"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from mbridge_rl.engines.module import ModuleEngine
+from mbridge_rl.errors import TransportError
 from mbridge_rl.protocol import EngineState
+from mbridge_rl.syncer import PathChoice
 from mbridge_rl.testing import check_engine, check_transport
-from mbridge_rl.transports.base import builtin_transports, transport_class
+from mbridge_rl.transports.base import Address, Lent, builtin_transports, transport_class
 from mbridge_rl.transports.shared_memory import SharedMemory
 from tests.mbridge_rl.worker_engine import ProcessEngine
 
@@ -22,9 +26,15 @@ TENSORS = {
 }
 
 
+DEVICES = {"cuda_ipc": "cuda"}  # of transports that are not for the CPU
+
+
 @pytest.mark.parametrize("name", builtin_transports())
 def test_transports(name: str) -> None:
-    check_transport(transport_class(name))
+    device = DEVICES.get(name, "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; tests/mbridge_rl/gpu_ipc.py is for machines that have one")
+    check_transport(transport_class(name), device=device)
 
 
 def module() -> torch.nn.Module:
@@ -34,14 +44,37 @@ def module() -> torch.nn.Module:
     return made
 
 
-def test_module_engine() -> None:
-    check_engine(lambda: ModuleEngine(module()), lambda engine: engine.module.state_dict(), TENSORS)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("path", ["bucket", "direct"])
+def test_module_engine(path: PathChoice) -> None:
+    check_engine(
+        lambda: ModuleEngine(module()),
+        lambda engine: engine.module.state_dict(),  # type: ignore[attr-defined]
+        TENSORS,
+        path=path,
+    )
 
 
-def test_process_engine() -> None:
+@pytest.mark.parametrize("path", ["bucket", "direct"])
+def test_process_engine(path: PathChoice) -> None:
     engine = ProcessEngine({name: (tuple(t.shape), t.dtype) for name, t in TENSORS.items()})
-    check_engine(lambda: engine, lambda _: engine.tensors()[0], TENSORS)
+    check_engine(lambda: engine, lambda _: engine.tensors()[0], TENSORS, path=path)
     engine.stop()
+
+
+class KeepingItsMemory(SharedMemory):
+    """Has slots only."""
+
+    @classmethod
+    def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:
+        return super(SharedMemory, cls).lend(tensors)
+
+
+def test_a_transport_that_does_not_lend() -> None:
+    check_transport(KeepingItsMemory, lends=False)
+    with pytest.raises(TransportError, match="shared_memory lends no memory"):
+        check_transport(KeepingItsMemory)
+    with pytest.raises(AssertionError, match="lent what cannot"):
+        check_transport(SharedMemory, lends=False)
 
 
 class Overlapping(SharedMemory):
@@ -54,9 +87,45 @@ class Copying(SharedMemory):
         return super().slot(index).clone()
 
 
-@pytest.mark.parametrize("broken", [Overlapping, Copying])
-def test_a_broken_transport_is_caught(broken: type[SharedMemory]) -> None:
-    with pytest.raises(AssertionError):
+class LendingACopy(SharedMemory):
+    kept: ClassVar[list[Mapping[str, torch.Tensor]]] = []
+
+    @classmethod
+    def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:
+        cls.kept.append(copy.deepcopy(tensors))  # in which views of one storage are so too
+        return super().lend(cls.kept[-1])
+
+
+class LendingTheWrongPlace(SharedMemory):
+    @classmethod
+    def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:
+        lent = super().lend(tensors)
+        return Lent(lent.segments, {name: (index, 0) for name, (index, _) in lent.places.items()})
+
+
+class LendingByNumber(SharedMemory):
+    """Other memory with the same number has the same address."""
+
+    kept: ClassVar[dict[int, Address]] = {}
+
+    @classmethod
+    def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:
+        lent = super().lend(tensors)
+        return Lent([cls.kept.setdefault(i, address) for i, address in enumerate(lent.segments)], lent.places)
+
+
+@pytest.mark.parametrize(
+    ("broken", "violation"),
+    [
+        (Overlapping, "slots overlap"),
+        (Copying, "the peer does not see"),
+        (LendingACopy, "written after lending is not seen"),
+        (LendingTheWrongPlace, "other bytes than the tensor's"),
+        (LendingByNumber, "other memory has the same address"),
+    ],
+)
+def test_a_broken_transport_is_caught(broken: type[SharedMemory], violation: str) -> None:
+    with pytest.raises(AssertionError, match=violation):
         check_transport(broken)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,6 +26,7 @@ from mbridge_rl.messages import (
     Hello,
     Load,
 )
+from mbridge_rl.source import Source
 
 PATIENCE_S = 1.0
 
@@ -66,6 +67,10 @@ def nothing(*_: object) -> None:
     """Succeeds."""
 
 
+def source(begin: Callable[[], None] = nothing, fill: Callable[[int], None] = nothing) -> Source:
+    return Source(begin, fill, lambda _: {})
+
+
 def fails(*_: object) -> None:
     raise SyncError("no", tensor="w")
 
@@ -91,7 +96,7 @@ def test_messages_of_an_earlier_attempt_are_skipped(play: Play) -> None:
     new = Abort(2, VersionError("new").failure)
     play.send(Fill(1, 7), old, Alive(2), Fill(2, 0), Fill(2, 1), new)
     with pytest.raises(VersionError, match="new"):
-        play.follower.run(2, 5, nothing, filled.append)
+        play.follower.run(2, 5, source(fill=filled.append))
     assert filled == [0, 1]
     assert play.next() == Enter(2, 5)
     first = play.next()
@@ -103,7 +108,7 @@ def test_its_own_failure_comes_back_as_rank_0_says_it(play: Play) -> None:
     said = Abort(1, SyncError("no", origin="trainer rank 1", phase="stream", tensor="w").failure)
     play.send(Fill(1, 0), said)
     with pytest.raises(SyncError, match="trainer rank 1, phase stream, tensor w"):
-        play.follower.run(1, 1, nothing, fails)
+        play.follower.run(1, 1, source(fill=fails))
     assert play.next() == Enter(1, 1)
     failed = play.next()
     assert isinstance(failed, Failed)
@@ -113,7 +118,7 @@ def test_its_own_failure_comes_back_as_rank_0_says_it(play: Play) -> None:
 def test_a_failed_begin_is_not_entered(play: Play) -> None:
     play.send(Abort(1, SyncError("no").failure))
     with pytest.raises(SyncError, match="no"):
-        play.follower.run(1, 1, fails, nothing)
+        play.follower.run(1, 1, source(begin=fails))
     assert isinstance(play.next(), Failed)
 
 
@@ -123,7 +128,7 @@ def test_interrupt_is_reported(play: Play) -> None:
 
     play.send(Fill(1, 0))
     with pytest.raises(KeyboardInterrupt):
-        play.follower.run(1, 1, nothing, interrupt)
+        play.follower.run(1, 1, source(fill=interrupt))
     assert isinstance(play.next(), Enter)
     failed = play.next()
     assert isinstance(failed, Failed)
@@ -133,7 +138,7 @@ def test_interrupt_is_reported(play: Play) -> None:
 def test_a_message_that_should_not_come(play: Play) -> None:
     play.send(Load(1, 0))
     with pytest.raises(ProtocolError, match="Load came"):
-        play.follower.run(1, 1, nothing, nothing)
+        play.follower.run(1, 1, source())
     play.send(Load(0, 0))
     with pytest.raises(ProtocolError, match="expected Connected"):
         play.follower.connect()
@@ -143,4 +148,4 @@ def test_rank_0_that_leaves_is_lost_for_good(play: Play) -> None:
     play.send(Goodbye())
     for attempt in (1, 2):
         with pytest.raises(TrainerLostError, match="closed"):
-            play.follower.run(attempt, attempt, nothing, nothing)
+            play.follower.run(attempt, attempt, source())

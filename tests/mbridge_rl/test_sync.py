@@ -597,9 +597,9 @@ class Moody(ModuleEngine):
     def pause(self, in_flight: Any) -> None:
         self._maybe("pause")
 
-    def update(self, attempt: int, version: int) -> None:
+    def update(self, attempt: int, version: int, moves: bool) -> None:
         self._maybe("update")
-        super().update(attempt, version)
+        super().update(attempt, version, moves)
 
     def close_session(self) -> None:
         self._maybe("close_session")

@@ -20,7 +20,6 @@ from mbridge_rl.engines.module import ModuleTarget
 from mbridge_rl.errors import EngineGoneError
 from mbridge_rl.messages import Invitation
 from mbridge_rl.receiver import Receiver
-from mbridge_rl.transports.base import transport_class
 from tests.mbridge_rl.ranks import process_context
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -89,10 +88,10 @@ class ProcessEngine(Engine):
     def pause(self, in_flight: InFlight) -> None:
         self.calls.append(f"pause {in_flight}")
 
-    def update(self, attempt: int, version: int) -> None:
+    def update(self, attempt: int, version: int, moves: bool) -> None:
         self.calls.append("update")
         self._call("open_session")
-        self._call("run", attempt, version)
+        self._call("run", attempt, version, moves)
 
     def close_session(self) -> None:
         self.calls.append("close_session")
@@ -136,9 +135,7 @@ class ProcessEngine(Engine):
 
 def _serve(pipe: Connection, shapes: Shapes, index: int, num_workers: int) -> None:
     module = Sharded(shapes, index, num_workers)
-    receiver = Receiver(
-        ModuleTarget(module), index, lambda transport, address: transport_class(transport).open(address)
-    )
+    receiver = Receiver(ModuleTarget(module), index)
     while True:
         try:
             method, args = pipe.recv()

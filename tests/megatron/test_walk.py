@@ -88,6 +88,31 @@ def test_tensors_are_the_live_ones() -> None:
     assert by_name["decoder.layers.0.mlp.router.expert_bias"] is chunk.decoder.layers[0].mlp.router.expert_bias
 
 
+def test_current_is_what_the_module_holds_now() -> None:
+    chunk = Chunk([1])
+    found = {local.name: local for local in walk(Wrapper(chunk))}
+    assert all(local.current is local.tensor for local in found.values())
+    router, weight, bias = (
+        chunk.decoder.layers[0].mlp.router,
+        found["embedding.weight"],
+        found["decoder.layers.0.mlp.router.expert_bias"],
+    )
+    weight.tensor.data = torch.full((3, 4), 5.0)  # an optimizer or an offload: same object, other storage
+    assert weight.current.data_ptr() == chunk.embedding.weight.data_ptr()
+    assert weight.current.eq(5).all()
+    chunk.embedding.weight = nn.Parameter(torch.full((3, 4), 6.0))  # another object
+    router.expert_bias = torch.full((2,), 7.0)
+    chunk.double()
+    assert weight.current is chunk.embedding.weight is not weight.tensor
+    assert bias.current is router.expert_bias is not bias.tensor
+    assert bias.current.tolist() == [7.0, 7.0]
+    del chunk.embedding.weight
+    router.expert_bias = None
+    for local in (weight, bias):
+        with pytest.raises(ModelError, match=rf"chunk 0 had a tensor '{local.name}'.*none now"):
+            _ = local.current
+
+
 def test_a_shared_tensor_is_listed_once_under_its_first_name() -> None:
     first, second = Chunk([1]), Chunk([2])
     first.output_layer = nn.Linear(4, 3, bias=False)

@@ -1,0 +1,130 @@
+"""The worker's half of the direct path: the memory that trainer ranks lend, as local tensors and as pieces.
+
+Segments are mapped once and kept; when a trainer's memory has moved, only what is new is mapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from mbridge.pieces import Box, Copy, Piece, Region, join, row_major, whole_pieces
+
+from .buckets import Layout
+from .errors import ProtocolError, SyncError, TransportError
+from .messages import Lends, Loan
+from .transports.base import Mapped, Transport
+
+Address = tuple[tuple[str, str | int], ...]
+
+
+class Borrower:
+    """All trainer ranks' local tensors in one worker. Names are `rank:local name`."""
+
+    def __init__(
+        self, layout: Layout, lends: Sequence[Lends], transport: type[Transport], device: torch.device
+    ) -> None:
+        """Map everything. Raises TransportError if a segment cannot be mapped, or is on another kind of device."""
+        self.tensors: dict[str, torch.Tensor] = {}  # flat, each of its own dtype
+        self.pieces = [piece for rank in lends for piece in _pieces(layout, rank)]
+        self._layout, self._transport, self._device = layout, transport, device
+        self._local = {
+            rank.rank: [(_name(rank, i), *_form(rank, i)) for i in range(len(rank.tensors))] for rank in lends
+        }
+        self._loans = {rank.rank: rank.loan for rank in lends}
+        self._mapped: dict[Address, Mapped] = {}
+        self._into_whole: dict[str, list[Copy]] | None = None
+        try:
+            self._map()
+        except SyncError:
+            self.close()
+            raise
+
+    def update(self, loans: Mapping[int, Loan]) -> bool:
+        """Follow memory that has moved. Returns whether any has."""
+        if not loans:
+            return False
+        self._loans |= loans
+        self._map()
+        return True
+
+    def whole(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """HF tensors (default: all) in the order of the layout: views where one trainer has all of one, else put
+        together in new memory, which is free again when the consumer drops it.
+        """
+        if self._into_whole is None:
+            self._into_whole = defaultdict(list)
+            for copy in join(self.pieces, whole_pieces(self._layout.tensors)):
+                self._into_whole[copy.hf_name].append(copy)
+        wanted = None if names is None else set(names)
+        for spec in self._layout.tensors:
+            if wanted is not None and spec.name not in wanted:
+                continue
+            copies = self._into_whole[spec.name]
+            if len(copies) == 1 and _is_all(copies[0], spec.shape):
+                yield spec.name, copies[0].source.of(self.tensors[copies[0].source_name])
+                continue
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+            for copy in copies:
+                copy.destination.of(tensor).copy_(copy.source.of(self.tensors[copy.source_name]))
+            yield spec.name, tensor
+
+    def close(self) -> None:
+        """Unmap. No tensor of it may be used any more. Calling it again does nothing."""
+        self.tensors.clear()
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped.clear()
+
+    def _map(self) -> None:
+        wanted = {_address(segment): segment for loan in self._loans.values() for segment in loan.segments}
+        self.tensors.clear()
+        for address in self._mapped.keys() - wanted.keys():
+            self._mapped.pop(address).close()
+        for address, segment in wanted.items():
+            if address in self._mapped:
+                continue
+            mapped = self._transport.map_segment(segment)
+            self._mapped[address] = mapped
+            if mapped.bytes.device.type != self._device.type:
+                raise TransportError(
+                    f"the trainer's parameters are on {mapped.bytes.device.type}, the engine's on {self._device.type}"
+                )
+        for rank, loan in self._loans.items():
+            segments = [self._mapped[_address(segment)].bytes for segment in loan.segments]
+            for (name, dtype, numel), (number, offset) in zip(self._local[rank], loan.places, strict=True):
+                num_bytes = numel * dtype.itemsize
+                memory = segments[number]
+                if offset < 0 or offset + num_bytes > memory.numel():
+                    raise ProtocolError(f"trainer rank {rank} lends {name} outside of its segment")
+                self.tensors[name] = memory[offset : offset + num_bytes].view(dtype)
+
+
+def _pieces(layout: Layout, rank: Lends) -> Iterator[Piece]:
+    for number, start, stop, local, offset, stride in rank.pieces:
+        box = Box(start, stop)
+        yield Piece(layout.tensors[number].name, box, _name(rank, local), Region(offset, box.shape, stride))
+
+
+def _name(rank: Lends, local: int) -> str:
+    return f"{rank.rank}:{rank.tensors[local][0]}"
+
+
+def _form(rank: Lends, local: int) -> tuple[torch.dtype, int]:
+    name, dtype_name, numel = rank.tensors[local]
+    dtype = getattr(torch, dtype_name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise SyncError(f"{name} has dtype {dtype_name!r}, which this torch does not know", tensor=name)
+    return dtype, numel
+
+
+def _address(segment: Mapping[str, str | int]) -> Address:
+    return tuple(sorted(segment.items()))
+
+
+def _is_all(copy: Copy, shape: tuple[int, ...]) -> bool:
+    """Whether the source holds the whole tensor, in its own memory order."""
+    return copy.box == Box.whole(shape) and (copy.source.stride == row_major(shape) or math.prod(shape) <= 1)

@@ -1,0 +1,126 @@
+"""The bucket path in an engine worker: whole HF tensors come through shared slots, and the engine's own loader takes
+them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from mbridge.pieces import Piece
+
+from .buckets import Layout, Part, aligned, part_view
+from .loading import check_loaded, guarded, load
+from .messages import Load
+from .placement import Expected, compare_in_place, expected_of_tensor
+from .target import Examined, Target
+
+
+class Slots(Protocol):
+    """The part of a transport that this path uses."""
+
+    def slot(self, index: int) -> torch.Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class BucketPath:
+    """One refit after the other, bucket by bucket."""
+
+    def __init__(self, layout: Layout, target: Target, examined: Examined, slots: Slots) -> None:
+        self.reloaded: list[str] = []  # of interest on the direct path only
+        self.reasons: dict[str, str] = {}
+        self.num_buckets = layout.num_buckets
+        self.changed: dict[str, str] | None = None
+        """Engine name -> why it does not hold what was loaded as it was loaded; None until a refit is checked."""
+        self._expected: list[Expected] | None = None
+        self._target, self._slots = target, slots
+        self._found, self._placement = examined.found, examined.placement
+        self._shapes = {spec.name: spec.shape for spec in layout.tensors}
+        self._specs = {spec.name: spec for spec in layout.tensors}
+        self._assembly = Assembly(layout)
+        self._loaded: set[str] = set()
+        views = [slots.slot(0), slots.slot(1)]
+        self._program = [
+            [(part, part_view(views[part.bucket % len(views)], layout.tensors[part.tensor], part)) for part in bucket]
+            for bucket in layout.by_bucket()
+        ]
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in examined.placement.pieces:
+            self._pieces.setdefault(piece.hf_name, []).append(piece)
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._assembly.num_bytes + self._target.kept_bytes
+
+    def begin(self) -> None:
+        self._assembly.restart()
+        self._loaded, self._expected = set(), None
+        guarded(self._target.begin, "begin the update")
+
+    def apply(self, message: Load) -> None:
+        if message.is_checked and message.bucket == 0 and self.changed is None:
+            self._expected = []
+        self._loaded |= load(self._target, self._noted(self._assembly.ready(self._program[message.bucket])))
+
+    def finish(self) -> None:
+        check_loaded(self._loaded, self._found.loaded)
+        guarded(self._target.finish, "finish the update")
+        if self._expected is not None:
+            self.changed = compare_in_place(self._expected, self._target.live(), self._placement.formats, self._shapes)
+
+    def close(self) -> None:
+        self._program.clear()
+        self._slots.close()
+
+    def _noted(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            if self._expected is not None:
+                pieces = self._pieces.get(name, ())
+                self._expected += expected_of_tensor(self._specs[name], tensor, pieces, self._placement.formats)
+            yield name, tensor
+
+
+class Assembly:
+    """Puts the tensors of fusion groups that lie in several buckets together again; whole groups pass as they are.
+
+    Groups come one after the other, so one buffer of the largest such group serves them all, refit after refit.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._group_of = {t: group for group in layout.split_groups for t in group}
+        self._num_parts = Counter(self._group_of[p.tensor] for p in layout.parts if p.tensor in self._group_of)
+        self._left = dict(self._num_parts)
+        self._tensors: dict[int, torch.Tensor] = {}
+        self.num_bytes = 0
+        for group in layout.split_groups:
+            self.num_bytes = max(self.num_bytes, sum(aligned(layout.tensors[t].num_bytes) for t in group))
+        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)  # zeros: its pages are there before the first refit
+        for group in layout.split_groups:
+            offset = 0
+            for t in group:
+                spec = layout.tensors[t]
+                self._tensors[t] = buffer[offset : offset + spec.num_bytes].view(spec.dtype).view(spec.shape)
+                offset += aligned(spec.num_bytes)
+
+    def restart(self) -> None:
+        """A refit begins; the last one may have been left in the middle."""
+        self._left = dict(self._num_parts)
+
+    def ready(self, bucket: list[tuple[Part, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every (HF name, whole tensor) that is complete with the parts of this bucket. Valid until the next call."""
+        for part, view in bucket:
+            spec = self._layout.tensors[part.tensor]
+            group = self._group_of.get(part.tensor)
+            if group is None:
+                yield spec.name, view
+                continue
+            whole = self._tensors[part.tensor]
+            (whole[part.start : part.stop] if spec.shape else whole).copy_(view)
+            self._left[group] -= 1
+            if self._left[group] == 0:
+                for t in group:
+                    yield self._layout.tensors[t].name, self._tensors[t]

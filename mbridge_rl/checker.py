@@ -1,0 +1,83 @@
+"""An engine worker's half of a verification: checksums of the engine's own memory.
+
+What the engine keeps as it was loaded is compared with the trainers' checksums, box by box. Everything else it holds
+(repacked, quantised and derived tensors, padding) is compared with its own checksum from right after a checked refit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mbridge.pieces import Box, Piece, Region
+
+from .buckets import Layout
+from .checksum import checksums
+from .errors import EngineError
+from .messages import Check, Checked
+from .placement import Placement
+from .target import Target
+
+NOT_KNOWN = "it is not known yet what the engine does with its tensors after loading; pass verify= to a sync() first"
+NO_RECORD = "it is made from what was loaded; sync(verify=...) takes a checksum of it"
+UNSEEN = "the engine has packed it into memory that it does not show"
+
+
+class Checker:
+    """One per connection to a trainer."""
+
+    def __init__(self, layout: Layout, target: Target, placement: Placement) -> None:
+        self._target, self._placement = target, placement
+        self._specs = {spec.name: spec for spec in layout.tensors}
+        self._number = {spec.name: i for i, spec in enumerate(layout.tensors)}
+        self._records: dict[str, int] = {}  # engine name -> checksum after the last checked refit
+
+    def record(self, changed: Mapping[str, str]) -> None:
+        """Right after a refit: take the checksums that later checks of `own` tensors compare with."""
+        self._records = self._own_checksums(changed)
+
+    def forget(self) -> None:
+        """A refit begins that is not checked."""
+        self._records = {}
+
+    def check(self, message: Check, attempt: int, changed: Mapping[str, str] | None) -> Checked:
+        """`changed`: engine name -> why it does not hold what was loaded. Raises EngineError if that is not known."""
+        if changed is None:
+            raise EngineError(NOT_KNOWN)
+        live, formats = self._target.live(), self._placement.formats
+        unchecked: dict[str, str] = {}
+        pieces = []
+        for piece in self._placement.pieces:
+            name = piece.local_name
+            if self._number[piece.hf_name] % message.num_shares != message.share or name in changed:
+                continue
+            sent = self._specs[piece.hf_name].dtype
+            if formats[name].dtype != sent:
+                unchecked[name] = f"sent as {sent}, kept as {formats[name].dtype}"
+                continue
+            pieces.append(piece)
+        shapes = {name: spec.shape for name, spec in self._specs.items()}
+        totals = checksums(pieces, shapes, live)
+        now = self._own_checksums(changed) if message.share == 0 and self._records else {}
+        for name, reason in changed.items():
+            if name not in self._records or live[name].numel() == 0:
+                unchecked[name] = UNSEEN if name in live and live[name].numel() == 0 else f"{reason}; {NO_RECORD}"
+        return Checked(
+            attempt,
+            boxes=[
+                (self._number[p.hf_name], p.box.start, p.box.stop, p.local_name, total)
+                for p, total in zip(pieces, totals, strict=True)
+            ],
+            changed=sorted(name for name, total in now.items() if self._records.get(name) != total),
+            unchecked=unchecked,
+        )
+
+    def _own_checksums(self, changed: Mapping[str, str]) -> dict[str, int]:
+        """Of every engine tensor that holds more or other than what was loaded."""
+        live = self._target.live()
+        loaded = (
+            {piece.local_name for piece in self._placement.pieces} - changed.keys() - self._placement.unwritten().keys()
+        )
+        own = {name: live[name] for name in live if name not in loaded and live[name].is_contiguous()}
+        pieces = [Piece(n, Box.whole(t.shape), n, Region.contiguous(t.shape)) for n, t in own.items()]
+        totals = checksums(pieces, {n: tuple(t.shape) for n, t in own.items()}, own)
+        return dict(zip(own, totals, strict=True))

@@ -1,0 +1,148 @@
+"""The direct path in an engine worker: copy from the trainers' own memory into the engine's, by a table made once.
+
+The first refit goes through the engine's own loader whole, fed from the trainers' memory: what then lies in the engine
+as it was loaded, in modules that post-processing leaves alone, is written directly from the next refit on. The other
+modules go through the engine's own loading at each refit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mbridge.pieces import Copy, join
+
+from .borrower import Borrower
+from .buckets import Layout
+from .copy_plan import CopyTable, Executor, executor_for
+from .errors import PlanMismatchError
+from .loading import check_loaded, guarded, load
+from .messages import Lends, Load
+from .placement import compare_in_place, constant_modules, expected_of_copies
+from .target import Examined, Target
+from .transports.base import Transport
+
+CONSTANT = "all its values are equal, so that what happens to them after loading cannot be seen"
+
+
+class DirectPath:
+    """One refit after the other, each in one step ("bucket" 0)."""
+
+    num_buckets = 1
+
+    def __init__(
+        self, layout: Layout, target: Target, examined: Examined, lends: Sequence[Lends], transport: type[Transport]
+    ) -> None:
+        """Raises TransportError if the trainers' memory cannot be mapped; PlanMismatchError if it lacks something."""
+        self.reloaded: list[str] = []  # HF names that the engine's loader took in the last refit
+        self.changed: dict[str, str] | None = None
+        """Engine name -> why it does not hold what was loaded as it was loaded; None until the first refit."""
+        self._layout, self._target = layout, target
+        self._found, self._placement = examined.found, examined.placement
+        self._shapes = {spec.name: spec.shape for spec in layout.tensors}
+        self._borrower = Borrower(layout, lends, transport, target.device)
+        self._executor: Executor | None = None
+        self._modules: frozenset[str] | None = None  # that the engine's loader fills; None: all
+        self._next_reloaded: list[str] = []
+        self._reloaded_engine_names: set[str] | None = None
+        self._destinations: list[str] = []
+        self._bound: list[int] = []  # addresses of the engine's tensors in the table
+        try:
+            self._copies = self._join()
+        except PlanMismatchError:
+            self._borrower.close()
+            raise
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._target.kept_bytes + (self._executor.table_bytes if self._executor is not None else 0)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Engine module -> why it is not written directly."""
+        return self._placement.opaque
+
+    def begin(self) -> None:
+        """The engine's update begins when the trainers' memory is complete, in `apply`."""
+
+    def apply(self, message: Load) -> None:
+        moved = self._borrower.update(message.loans)
+        if self._executor is None:
+            self._load_everything()
+        else:
+            self._replay(self._executor, moved)
+
+    def finish(self) -> None:
+        guarded(self._target.finish, "finish the update")
+        if self._executor is None:
+            self._learn()
+
+    def close(self) -> None:
+        self._executor = None
+        self._borrower.close()
+
+    def _load_everything(self) -> None:
+        guarded(self._target.begin, "begin the update")
+        check_loaded(load(self._target, self._borrower.whole()), self._found.loaded)
+        self.reloaded = list(self._shapes)
+
+    def _replay(self, executor: Executor, moved: bool) -> None:
+        guarded(lambda: self._target.begin(self._modules), "begin the update")
+        live = self._target.live()
+        addresses = [live[name].data_ptr() for name in self._destinations]
+        if moved or addresses != self._bound:
+            executor.bind(self._borrower.tensors, {name: live[name] for name in self._destinations})
+            self._bound = addresses
+        executor.run()
+        self.reloaded = self._next_reloaded
+        if self.reloaded:
+            loaded = load(self._target, self._borrower.whole(self.reloaded))
+            check_loaded(loaded, self._reloaded_engine_names)
+            self._reloaded_engine_names = loaded
+
+    def _learn(self) -> None:
+        """After the first refit: which modules can be written directly from now on."""
+        placement, sources, live = self._placement, self._borrower.tensors, self._target.live()
+        expected = expected_of_copies(self._copies, sources, placement.formats, self._shapes)
+        self.changed = compare_in_place(expected, live, placement.formats, self._shapes)
+        for name, reason in self.changed.items():
+            placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
+        remade = self._target.remade()
+        for module, reason in remade.items():
+            placement.opaque.setdefault(module, reason)
+        for name in {piece.local_name for piece in placement.pieces}:
+            if name in live and not live[name].is_contiguous():
+                placement.opaque.setdefault(placement.module_of[name], f"{name}: kept with gaps")
+        hooked = self._target.processed_modules() - placement.opaque.keys()
+        for module in constant_modules(self._copies, sources, placement.module_of, hooked):
+            placement.opaque[module] = CONSTANT
+        reloaded = placement.reloaded_names()
+        self._next_reloaded = [spec.name for spec in self._layout.tensors if spec.name in reloaded]
+        self._modules = frozenset(placement.opaque)
+        direct = [c for c in self._copies if placement.module_of[c.destination_name] not in placement.opaque]
+        self._destinations = sorted({c.destination_name for c in direct})
+        table = CopyTable.of(
+            direct,
+            {name: tensor.dtype for name, tensor in sources.items()},
+            {name: placement.formats[name].dtype for name in self._destinations},
+        )
+        executor = executor_for(table, self._target.device)
+        executor.bind(sources, {name: live[name] for name in self._destinations})
+        self._bound = [live[name].data_ptr() for name in self._destinations]
+        self._executor = executor
+
+    def _join(self) -> list[Copy]:
+        """Every copy into the engine. Raises PlanMismatchError if the trainers do not hold all that it asks for."""
+        copies = list(join(self._borrower.pieces, self._placement.pieces))
+        missing: dict[tuple[str, str], int] = {}
+        for piece in self._placement.pieces:
+            key = (piece.hf_name, piece.local_name)
+            missing[key] = missing.get(key, 0) + piece.box.numel
+        for copy in copies:
+            missing[copy.hf_name, copy.destination_name] -= copy.box.numel
+        for (name, engine_name), numel in missing.items():
+            if numel:
+                raise PlanMismatchError(
+                    f"the engine reads {numel} elements of {name} into {engine_name} that no trainer rank lends",
+                    tensor=name,
+                )
+        return copies

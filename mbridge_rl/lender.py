@@ -1,0 +1,108 @@
+"""The trainer's half of the direct path: lend the memory that holds this rank's parameters.
+
+Nothing is copied here. What workers need is written once (`lends`); at each refit the addresses are looked at again,
+and sent only if something moved (an offload, a `.data` swap, an optimizer that allocated anew).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mbridge.pieces import Piece, TensorSpec
+
+from .errors import PlanMismatchError, SyncError
+from .messages import Lends, Loan
+from .transports.base import Transport
+
+
+class Lender:
+    """One per trainer rank, with the same calls as a Filler.
+
+    `sources` is a live view of its local tensors: each access reads them as they are now.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        tensors: Sequence[TensorSpec],
+        owned: Sequence[Piece],
+        sources: Mapping[str, torch.Tensor],
+        transport: type[Transport],
+    ) -> None:
+        """Raises TransportError if the memory cannot be shared."""
+        self._sources, self._transport = sources, transport
+        number = {spec.name: i for i, spec in enumerate(tensors)}
+        owned = [piece for piece in owned if piece.box.numel]
+        self._names = list(dict.fromkeys(piece.local_name for piece in owned))
+        local = {name: i for i, name in enumerate(self._names)}
+        self._planned = [(sources[name].dtype, sources[name].numel()) for name in self._names]
+        self._devices = {sources[name].device for name in self._names}
+        loan = self._lend()
+        self._unconfirmed: Loan | None = None  # sent in a refit that has not succeeded
+        self.lends = Lends(
+            rank=rank,
+            tensors=[
+                (name, str(dtype).removeprefix("torch."), numel)
+                for name, (dtype, numel) in zip(self._names, self._planned, strict=True)
+            ],
+            pieces=[
+                (
+                    number[piece.hf_name],
+                    piece.box.start,
+                    piece.box.stop,
+                    local[piece.local_name],
+                    piece.region.offset,
+                    piece.region.stride,
+                )
+                for piece in owned
+            ],
+            loan=loan,
+        )
+
+    def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
+        """Use these local tensors until `end`."""
+        self._sources = sources
+
+    def fill(self, bucket: int) -> Loan | None:
+        """Finish this rank's writes to its parameters; where they are now, if they moved. Raises SyncError."""
+        if self._current() != self._addresses:
+            self._unconfirmed = self._lend()
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return self._unconfirmed
+
+    def end(self, *, succeeded: bool) -> None:
+        """The refit is over. Whether the workers have heard of what moved is sure only if it succeeded."""
+        if succeeded:
+            self._unconfirmed = None
+
+    def _current(self) -> list[int]:
+        try:
+            return [self._sources[name].data_ptr() for name in self._names]
+        except KeyError as error:
+            name = str(error.args[0])
+            raise PlanMismatchError(f"the models no longer have local tensor {name!r}", tensor=name) from error
+
+    def _lend(self) -> Loan:
+        tensors = {}
+        for name, (dtype, numel) in zip(self._names, self._planned, strict=True):
+            tensor = self._sources[name]
+            if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
+                raise PlanMismatchError(
+                    f"local tensor {name!r} must be {dtype}, contiguous, with {numel} elements; found {tensor.dtype}, "
+                    f"shape {list(tensor.shape)}, stride {list(tensor.stride())}",
+                    tensor=name,
+                )
+            if tensor.device not in self._devices:
+                raise SyncError(
+                    f"local tensor {name!r} was on {', '.join(map(str, self._devices))} when the syncer was built and "
+                    f"is on {tensor.device} now; bring it back before sync(), or build the syncer with path='bucket'",
+                    tensor=name,
+                )
+            tensors[name] = tensor
+        lent = self._transport.lend(tensors)
+        self._addresses = self._current()  # after lending, which may move CPU memory once
+        return Loan(list(lent.segments), [lent.places[name] for name in self._names])

@@ -1,0 +1,191 @@
+"""Where an engine keeps HF tensors: what its loader writes, and which of its modules keep it as it was written.
+
+A module is *opaque* when its tensors cannot be written from outside: its loader computes instead of copying, or the
+engine repacks, quantises or derives something after loading. The recorder sees the first kind; the second kind shows
+after a whole load, when what lies in the engine's memory is compared with what came (`compare_in_place`). No engine and
+no model is known here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from mbridge.pieces import Copy, Piece, Region, Shape, TensorSpec
+
+from .checksum import checksums
+from .recorder import DryRun, engine_pieces, storage_key
+
+
+class Format(NamedTuple):
+    """Shape, stride and dtype in which a loader fills a parameter."""
+
+    shape: Shape
+    stride: Shape
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Format:
+        return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+@dataclass(slots=True)
+class Placement:
+    """The engine's side of a join. `opaque` grows when more is learnt."""
+
+    pieces: tuple[Piece, ...]  # what the loader writes where; local names are engine names
+    formats: Mapping[str, Format]  # engine name -> how the loader wants to find it
+    module_of: Mapping[str, str]  # engine name -> the module that it belongs to
+    opaque: dict[str, str] = field(default_factory=dict)  # module -> why it cannot be written from outside
+    computed: frozenset[str] = frozenset()  # HF names with which the loader does more than copy
+
+    def direct_pieces(self) -> list[Piece]:
+        """Pieces in modules that can be written from outside."""
+        return [piece for piece in self.pieces if self.module_of[piece.local_name] not in self.opaque]
+
+    def reloaded_names(self) -> set[str]:
+        """HF names that the engine's own loader has to see."""
+        opaque = {piece.hf_name for piece in self.pieces if self.module_of[piece.local_name] in self.opaque}
+        return opaque | self.computed
+
+    def unwritten(self) -> dict[str, int]:
+        """Engine name -> elements that no HF tensor goes to, of tensors that some go to (padding)."""
+        left = {piece.local_name: _numel(self.formats[piece.local_name].shape) for piece in self.pieces}
+        for piece in self.pieces:
+            left[piece.local_name] -= piece.box.numel
+        return {name: numel for name, numel in left.items() if numel}
+
+
+def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping[str, str]) -> Placement:
+    """What a dry run tells. `tensors`: the parameters and buffers by engine name, as they were during the dry run."""
+    owners: dict[int, tuple[str, int]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            owners.setdefault(storage_key(tensor), (name, int(tensor.storage_offset())))
+    pieces, strays = engine_pieces(found, owners)
+    computed = {**found.opaque, **strays}
+    placement = Placement(
+        tuple(pieces), {n: Format.of(t) for n, t in tensors.items()}, module_of, computed=frozenset(computed)
+    )
+    traced: set[str] = set()
+    for key, names in found.by_destination().items():
+        if key in owners:
+            for name in sorted(names & computed.keys()):
+                placement.opaque.setdefault(module_of[owners[key][0]], f"{name}: {computed[name]}")
+            traced |= names
+    lost = sorted((computed.keys() - traced) | strays.keys())
+    if lost:
+        # They may end up anywhere that is not accounted for.
+        filled = {p.local_name for p in pieces} - placement.unwritten().keys()
+        for name in tensors.keys() - filled:
+            placement.opaque.setdefault(module_of[name], f"{lost[0]} may go here: {computed[lost[0]]}")
+    return placement
+
+
+class Expected(NamedTuple):
+    """An engine piece and the checksum that it must have."""
+
+    piece: Piece
+    checksum: int
+
+
+def expected_of_copies(
+    copies: Sequence[Copy],
+    sources: Mapping[str, torch.Tensor],
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, Shape],
+) -> list[Expected]:
+    """What the destinations of `copies` must hold, read from their sources."""
+    same = [c for c in copies if sources[c.source_name].dtype == formats[c.destination_name].dtype]
+    there = checksums([Piece(c.hf_name, c.box, c.source_name, c.source) for c in same], shapes, sources)
+    expected = [Expected(_destination(c), total) for c, total in zip(same, there, strict=True)]
+    for c in copies:
+        dtype = formats[c.destination_name].dtype
+        if sources[c.source_name].dtype != dtype:
+            value = c.source.of(sources[c.source_name]).to(dtype).contiguous()
+            piece = Piece(c.hf_name, c.box, "cast", Region.contiguous(c.box.shape))
+            expected.append(Expected(_destination(c), checksums([piece], shapes, {"cast": value})[0]))
+    return expected
+
+
+def expected_of_tensor(
+    spec: TensorSpec, tensor: torch.Tensor, pieces: Sequence[Piece], formats: Mapping[str, Format]
+) -> list[Expected]:
+    """What engine `pieces` of HF tensor `spec` must hold, read from the whole `tensor`."""
+    whole = [
+        Copy(spec.name, piece.box, spec.name, _region_in(spec.shape, piece), piece.local_name, piece.region)
+        for piece in pieces
+    ]
+    return expected_of_copies(whole, {spec.name: tensor}, formats, {spec.name: spec.shape})
+
+
+def compare_in_place(
+    expected: Sequence[Expected],
+    live: Mapping[str, torch.Tensor],
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, Shape],
+) -> dict[str, str]:
+    """Engine name -> why it does not hold what was loaded, as it was loaded. Names that are not in it do."""
+    reasons: dict[str, str] = {}
+    comparable = []
+    for item in expected:
+        name = item.piece.local_name
+        now = Format.of(live[name]) if name in live else None
+        if now == formats[name]:
+            comparable.append(item)
+        else:
+            reasons[name] = f"loaded as {_text(formats[name])}, kept as {_text(now)}"
+    found = checksums([item.piece for item in comparable], shapes, live)
+    for item, total in zip(comparable, found, strict=True):
+        if total != item.checksum:
+            reasons[item.piece.local_name] = "its values change after loading"
+    return reasons
+
+
+def constant_modules(
+    copies: Sequence[Copy], sources: Mapping[str, torch.Tensor], module_of: Mapping[str, str], modules: set[str]
+) -> set[str]:
+    """Those of `modules` all of whose tensors are constant: of them a comparison of values tells nothing."""
+    by_module: dict[str, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        module = module_of[copy.destination_name]
+        if module in modules:
+            by_module[module].append(copy)
+    return {
+        module
+        for module, own in by_module.items()
+        if all(_is_constant(c.source.of(sources[c.source_name])) for c in sorted(own, key=lambda c: -c.box.numel))
+    }
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    if tensor.numel() < 2:
+        return True
+    first = tensor[(0,) * tensor.dim()]
+    return bool((tensor == first).all())
+
+
+def _destination(copy: Copy) -> Piece:
+    return Piece(copy.hf_name, copy.box, copy.destination_name, copy.destination)
+
+
+def _region_in(shape: Shape, piece: Piece) -> Region:
+    """The box of `piece` as a region of the whole HF tensor of `shape`."""
+    if len(piece.box.start) > len(shape):
+        shape = (*shape[:-1], shape[-1] // 2, 2)
+    return Region.contiguous(shape).part(piece.box.start, piece.box.shape)
+
+
+def _numel(shape: Shape) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel
+
+
+def _text(kept: Format | None) -> str:
+    return "nothing" if kept is None else f"{list(kept.shape)} {kept.dtype} of stride {list(kept.stride)}"
