@@ -106,9 +106,9 @@ class DirectPath:
         self.changed = compare_in_place(expected, live, placement.formats, self._shapes)
         for name, reason in self.changed.items():
             placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
-        remade = self._target.remade()
-        for module, reason in remade.items():
-            placement.opaque.setdefault(module, reason)
+        for module, reason in self._target.remade().items():
+            if module in placement.filled:
+                placement.opaque.setdefault(module, reason)
         for name in {piece.local_name for piece in placement.pieces}:
             if name in live and not live[name].is_contiguous():
                 placement.opaque.setdefault(placement.module_of[name], f"{name}: kept with gaps")

@@ -42,6 +42,7 @@ class Placement:
     module_of: Mapping[str, str]  # engine name -> the module that it belongs to
     opaque: dict[str, str] = field(default_factory=dict)  # module -> why it cannot be written from outside
     computed: frozenset[str] = frozenset()  # HF names with which the loader does more than copy
+    filled: frozenset[str] = frozenset()  # modules that the loader writes anything to
 
     def direct_pieces(self) -> list[Piece]:
         """Pieces in modules that can be written from outside."""
@@ -68,11 +69,16 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
             owners.setdefault(storage_key(tensor), (name, int(tensor.storage_offset())))
     pieces, strays = engine_pieces(found, owners)
     computed = {**found.opaque, **strays}
+    written = found.by_destination()
     placement = Placement(
-        tuple(pieces), {n: Format.of(t) for n, t in tensors.items()}, module_of, computed=frozenset(computed)
+        tuple(pieces),
+        {name: Format.of(tensor) for name, tensor in tensors.items()},
+        module_of,
+        computed=frozenset(computed),
+        filled=frozenset(module_of[owners[key][0]] for key in written if key in owners),
     )
     traced: set[str] = set()
-    for key, names in found.by_destination().items():
+    for key, names in written.items():
         if key in owners:
             for name in sorted(names & computed.keys()):
                 placement.opaque.setdefault(module_of[owners[key][0]], f"{name}: {computed[name]}")

@@ -90,6 +90,12 @@ def start(folder: Path):
     )  # fmt: skip
 
 
+def checksums(llm) -> dict[str, object]:
+    """vLLM's own checksums of its worker's parameters, derived ones included."""
+    (sums,) = llm.collective_rpc("compute_weight_checksums")
+    return sums
+
+
 def main() -> None:
     family, folder = sys.argv[1], Path(sys.argv[2])
     init_parallel(**({"ep": 2} if family in EXPERT_PARALLEL else {"tp": 2}), seed=1)
@@ -106,19 +112,30 @@ def main() -> None:
 
     llm = start(folder / "other") if rank == 0 else None
     before = greedy(llm) if rank == 0 else []
-    with WeightSyncer(bridge, llm) as syncer:
-        report = syncer.sync()
-        after = greedy(llm) if rank == 0 else []
+    reports, answers = [], []
+    with WeightSyncer(bridge, llm, path="bucket") as syncer:
+        reports.append(syncer.sync())
+        answers.append(greedy(llm) if rank == 0 else [])
+    with WeightSyncer(bridge, llm, path="direct") as syncer:
+        reports.append(syncer.sync())  # by vLLM's loader, from the trainers' memory
+        answers.append(greedy(llm) if rank == 0 else [])
+        train_step(model)
+        reports.append(syncer.sync(verify="full"))
+        answers.append(greedy(llm) if rank == 0 else [])
     bridge.save_weights(model, folder / "saved")
     if rank == 0:
+        sums = checksums(llm)
         del llm
-        fresh = greedy(start(folder / "saved"))
+        llm = start(folder / "saved")
         result = {
             "loss": loss,
             "before": before,
-            "after": after,
-            "fresh": fresh,
-            "report": json.loads(report.to_json()),
+            "bucket": answers[0],
+            "reload": answers[1],
+            "direct": answers[2],
+            "fresh": greedy(llm),
+            "other weights": [name for name, total in checksums(llm).items() if sums[name] != total],
+            "reports": [json.loads(report.to_json()) for report in reports],
         }
         (folder / "result.json").write_text(json.dumps(result))
     dist.barrier()

@@ -139,6 +139,13 @@ def test_copies_that_continue_each_other_are_one() -> None:
     assert [(e.name, e.numel) for e in table.destinations] == [("b", 33)]
 
 
+def test_a_run_that_begins_where_a_first_row_ends_is_a_copy_of_its_own() -> None:
+    shard = Copy("w", Box((0, 0), (2, 4)), "a", Region(0, (2, 4), (8, 1)), "b", Region(0, (2, 4), (8, 1)))
+    rest = Copy("w", Box((0, 4), (1, 8)), "a", Region(4, (1, 4), (8, 1)), "b", Region(4, (1, 4), (8, 1)))
+    table = run([shard, rest], {"a": coded(16)}, {"b": torch.zeros(16, dtype=torch.int32)})
+    assert len(table) == 2
+
+
 def test_no_copies_and_empty_copies() -> None:
     empty = Copy("w", Box((0, 0), (0, 4)), "a", Region.contiguous((0, 4)), "b", Region.contiguous((0, 4)))
     for copies in ([], [empty]):

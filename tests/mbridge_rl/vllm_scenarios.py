@@ -81,11 +81,22 @@ def refit(directory: Path, tensor_parallel_size: str, start: str, goal: str) -> 
         bridge.set(tensors_of(directory / goal))
         syncer.sync()
         assert answer(llm) == second
-    # Another syncer on the same engine, after the first was closed.
-    with WeightSyncer(bridge_of(directory / start), llm) as syncer:
+    # Another syncer on the same engine, after the first was closed. The first refit of the direct path goes through
+    # vLLM's loader whole, later ones write what vLLM keeps as it was loaded.
+    with WeightSyncer(bridge_of(directory / start), llm, path="direct") as syncer:
         assert syncer.version == 5
-        syncer.sync()
+        report = syncer.sync()
+        assert set(report.paths.values()) == {"reload"}
         assert answer(llm) == first
+        for name, expected in ((goal, second), (start, first), (goal, second)):
+            syncer._bridge.set(tensors_of(directory / name))
+            report = syncer.sync(verify="full")
+            print(report)
+            assert answer(llm) == expected
+        assert set(report.paths.values()) == {"direct", "reload"}, report.paths
+        print(report.reasons, report.verification)
+        if (directory / f"{goal}.answer.json").exists():
+            check_equal(directory, goal, llm)
 
 
 def in_flight(directory: Path) -> None:
