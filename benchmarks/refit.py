@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from measure import copy_gb_s, print_table, write_json
+from measure import copy_gb_s, print_table, row, write_json
 from shapes import SHAPES, make_checkpoint
 
 from mbridge import AutoBridge, destroy_parallel, init_parallel
@@ -69,9 +69,9 @@ def main() -> None:
         reports, memory_s, disk_s = (times[args.warm_up :] for times in (reports, memory_s, disk_s))
         num_bytes = reports[0].num_bytes
         rows = [
-            _row("mbridge sync()", [r.total_s for r in reports], num_bytes, limit),
-            _row("vLLM load_weights, tensors in worker", memory_s, num_bytes, limit),
-            _row("vLLM reload from disk", disk_s, num_bytes, limit),
+            row("mbridge sync()", [r.total_s for r in reports], num_bytes, limit),
+            row("vLLM load_weights, tensors in worker", memory_s, num_bytes, limit),
+            row("vLLM reload from disk", disk_s, num_bytes, limit),
         ]
         print_table(rows)
         phases = {name: statistics.median(r.phases[name] for r in reports) for name in reports[0].phases}
@@ -98,20 +98,6 @@ def _rpc_seconds(llm, method: str, *args: str) -> float:
     start = time.perf_counter()
     llm.collective_rpc(method, args=args)
     return time.perf_counter() - start
-
-
-def _row(what: str, times: list[float], num_bytes: int, limit_gb_s: float) -> dict[str, object]:
-    seconds = statistics.median(times)
-    rate = num_bytes / 1e9 / seconds
-    return {
-        "what": what,
-        "seconds": seconds,
-        "min": min(times),
-        "max": max(times),
-        "bytes": num_bytes,
-        "GB/s": rate,
-        "share of memcpy": rate / limit_gb_s,
-    }
 
 
 if __name__ == "__main__":

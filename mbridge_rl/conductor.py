@@ -92,6 +92,7 @@ class Conductor:
         # Messages of the next attempt, from a rank that gave up sooner than rank 0 did.
         self._early: list[tuple[Peer, AnyMessage]] = []
         self._calls = EngineThread(self.hub.wake)
+        self._calls_s: dict[str, float] = {}  # of the last refit
         self._broken: Failure | None = None  # why no later refit can succeed
         self._copy_limit_gb_s: float | None = None
         self._beat_s = min(BEAT_S, deadline_s / 4)
@@ -260,6 +261,7 @@ class Conductor:
             compare=partial(compare, self._tensors),
         )
         mine: deque[Fill | Check] = deque()
+        self._calls_s = {}
         try:
             self._carry_out(refit, self._entering(refit, version, source.begin), mine)
             early, self._early = self._early, []
@@ -293,7 +295,10 @@ class Conductor:
                     case Lost(route):
                         self._carry_out(refit, refit.lost(self._peers[route], "died", time.monotonic()), mine)
             if self._calls.is_returned:
-                self._carry_out(refit, refit.called(self._calls.take().failure, time.monotonic()), mine)
+                returned = self._calls.take()
+                if refit.engine_call is not None:
+                    self._calls_s[refit.engine_call.value] = returned.seconds
+                self._carry_out(refit, refit.called(returned.failure, time.monotonic()), mine)
             self._carry_out(refit, refit.tick(time.monotonic()), mine)
             if mine and not refit.finished:
                 self._carry_out(refit, self._answer(refit, mine.popleft(), source), mine)
@@ -346,13 +351,21 @@ class Conductor:
             case EngineCall.PAUSE:
                 return lambda: engine.pause(self._in_flight)
             case EngineCall.UPDATE:
-                return lambda: engine.update(refit.attempt, refit.version, refit.moves)
+                return lambda: self._update_engine(refit)
             case EngineCall.CLOSE:
                 return engine.close_session
-            case EngineCall.PUBLISH:
-                return lambda: engine.publish(refit.version, reset_prefix_cache=self._reset_prefix_cache)
             case EngineCall.RESUME:
-                return engine.resume
+                return lambda: self._resume_engine(refit)
+
+    def _update_engine(self, refit: Refit) -> None:
+        self.engine.update(refit.attempt, refit.version, refit.moves)
+        if refit.moves and self._reset_prefix_cache and refit.failure is None:
+            self.engine.reset_cache()  # now: workers of the direct path are still copying
+
+    def _resume_engine(self, refit: Refit) -> None:
+        if refit.moves and refit.failure is None:
+            self.engine.publish(refit.version)
+        self.engine.resume()
 
     def _settle(self, refit: Refit) -> None:
         """What this refit leaves for the next."""
@@ -378,6 +391,7 @@ class Conductor:
             reloaded=sorted(refit.reloaded),
             reasons=refit.reasons,
             verification=refit.verification,
+            calls_s=self._calls_s,
         )
 
     # --- leaving -----------------------------------------------------------------------------------------------------
@@ -389,4 +403,5 @@ class Conductor:
         if self._is_attached and not self._calls.is_busy and self.engine.state is not EngineState.GONE:
             self._calls.start(self.engine.detach)
             self._calls.join(DETACH_S)
+        self._calls.close()
         self.hub.close()

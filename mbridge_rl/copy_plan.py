@@ -235,9 +235,9 @@ class TritonExecutor(Executor):
     def _point(self, sources: Sequence[torch.Tensor], destinations: Sequence[torch.Tensor]) -> None:
         endpoints, tensors = (*self.table.sources, *self.table.destinations), (*sources, *destinations)
         for endpoint, tensor in zip(endpoints, tensors, strict=True):
-            if tensor.device != self.device:
+            if tensor.device.type != self.device.type:  # another GPU's memory is mapped into this one's address space
                 raise PlanMismatchError(
-                    f"local tensor {endpoint.name!r} must be on {self.device}, found {tensor.device}",
+                    f"local tensor {endpoint.name!r} must be on a {self.device.type} device, found {tensor.device}",
                     tensor=endpoint.name,
                 )
         if self._rest is not None:

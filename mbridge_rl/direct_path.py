@@ -77,7 +77,9 @@ class DirectPath:
             self._learn()
 
     def close(self) -> None:
-        self._executor = None
+        if self._executor is not None:
+            self._executor.release()
+            self._executor = None
         self._borrower.close()
 
     def _load_everything(self) -> None:
@@ -106,8 +108,9 @@ class DirectPath:
         self.changed = compare_in_place(expected, live, placement.formats, self._shapes)
         for name, reason in self.changed.items():
             placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
+        written_modules = {placement.module_of[name] for name in placement.written}
         for module, reason in self._target.remade().items():
-            if module in placement.filled:
+            if module in written_modules:
                 placement.opaque.setdefault(module, reason)
         for name in {piece.local_name for piece in placement.pieces}:
             if name in live and not live[name].is_contiguous():
@@ -129,6 +132,7 @@ class DirectPath:
         executor.bind(sources, {name: live[name] for name in self._destinations})
         self._bound = [live[name].data_ptr() for name in self._destinations]
         self._executor = executor
+        self._copies = []
 
     def _join(self) -> list[Copy]:
         """Every copy into the engine. Raises PlanMismatchError if the trainers do not hold all that it asks for."""

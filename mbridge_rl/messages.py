@@ -204,6 +204,7 @@ class Stats(msgspec.Struct, frozen=True):
     reloaded: list[str] = []  # as in Applied, of all workers
     reasons: dict[str, str] = {}
     verification: Verification | None = None
+    calls_s: dict[str, float] = {}  # engine call -> seconds
 
 
 class Done(Message, frozen=True):

@@ -42,7 +42,7 @@ class Placement:
     module_of: Mapping[str, str]  # engine name -> the module that it belongs to
     opaque: dict[str, str] = field(default_factory=dict)  # module -> why it cannot be written from outside
     computed: frozenset[str] = frozenset()  # HF names with which the loader does more than copy
-    filled: frozenset[str] = frozenset()  # modules that the loader writes anything to
+    written: frozenset[str] = frozenset()  # engine names that the loader writes anything to
 
     def direct_pieces(self) -> list[Piece]:
         """Pieces in modules that can be written from outside."""
@@ -75,7 +75,7 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
         {name: Format.of(tensor) for name, tensor in tensors.items()},
         module_of,
         computed=frozenset(computed),
-        filled=frozenset(module_of[owners[key][0]] for key in written if key in owners),
+        written=frozenset(owners[key][0] for key in written if key in owners),
     )
     traced: set[str] = set()
     for key, names in written.items():
@@ -83,6 +83,7 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
             for name in sorted(names & computed.keys()):
                 placement.opaque.setdefault(module_of[owners[key][0]], f"{name}: {computed[name]}")
             traced |= names
+    found.writes.clear()  # told; they hold on to the storages of the dry run
     lost = sorted((computed.keys() - traced) | strays.keys())
     if lost:
         # They may end up anywhere that is not accounted for.

@@ -7,8 +7,8 @@ One refit, seen from rank 0 (peers are trainer ranks, itself included, and engin
     STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked. On the
             direct path there is one bucket: the trainers' own memory, which the workers read
     CHECK   if asked for: Check -> Checked, everyone's checksums, which must agree
-    COMMIT  Commit to the workers; the engine publishes the version and resets its prefix cache
-    RESUME  the engine serves again; Done to the trainers
+    COMMIT  Commit to the workers
+    RESUME  the engine publishes the version and serves again; Done to the trainers
     DONE
 
 Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written,
@@ -48,7 +48,7 @@ from .messages import (
 
 NUM_SLOTS_IN_FLIGHT = 2
 DRAIN_S = 10.0  # how long a failing refit waits for the engine's own calls to come back
-REPORT_S = 2.0  # how long after the engine's update call its workers' last messages may arrive
+REPORT_S = 2.0  # how long after the engine's last call its workers' last messages may arrive
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -85,10 +85,9 @@ class EngineCall(enum.StrEnum):
     """The engine's own calls, made by rank 0 one at a time."""
 
     PAUSE = "pause"
-    UPDATE = "update"  # returns when every worker has left the refit, whatever its outcome
-    CLOSE = "close_session"  # after UPDATE, always: so that no session stays open
-    PUBLISH = "publish"
-    RESUME = "resume"
+    UPDATE = "update"  # returns when every worker has started all that writes weights, or given up
+    CLOSE = "close_session"  # after UPDATE, always: returns when every worker has committed, or given up
+    RESUME = "resume"  # publishes the version first
 
 
 class Send(NamedTuple):
@@ -147,13 +146,18 @@ class Refit:
         self._loading: dict[int, set[Peer]] = {}
         self._engine_busy: EngineCall | None = None
         self._resume_on_failure = False
-        self._session_open = False  # between UPDATE and CLOSE
-        self._update_returned = False
+        self._session_open = False  # UPDATE has been called and CLOSE has not
+        self._session_closed = False
         self._deadline = now + deadline_s
 
     @property
     def finished(self) -> bool:
         return self.phase in (Phase.DONE, Phase.FAILED)
+
+    @property
+    def engine_call(self) -> EngineCall | None:
+        """The call that the engine is busy with."""
+        return self._engine_busy
 
     @property
     def deadline(self) -> float:
@@ -184,7 +188,7 @@ class Refit:
                 return self._note_checked(peer, message, now)
             case Committed() if self.phase is Phase.COMMIT and peer in self._missing:
                 self._missing.discard(peer)
-                return self._close_if_committed()
+                return self._resume_if_committed(now)
             case Failed(failure=failure):
                 return self.fail(failure, now)
             case Goodbye():
@@ -215,19 +219,12 @@ class Refit:
                 loads = [action for bucket in list(self._filling) for action in self._load_if_ready(bucket)]
                 return [self._call(EngineCall.UPDATE), *loads]
             case EngineCall.UPDATE:
-                self._update_returned = True
-                self._deadline = now + min(self._deadline_s, REPORT_S)
-                return self._close_if_committed()
-            case EngineCall.CLOSE if not self.moves:
                 self._session_open = False
-                self._enter_phase(Phase.RESUME, now)
-                return [self._call(EngineCall.RESUME)]
+                return [self._call(EngineCall.CLOSE)]
             case EngineCall.CLOSE:
-                self._session_open = False
-                return [self._call(EngineCall.PUBLISH)]
-            case EngineCall.PUBLISH:
-                self._enter_phase(Phase.RESUME, now)
-                return [self._call(EngineCall.RESUME)]
+                self._session_closed = True
+                self._deadline = now + min(self._deadline_s, REPORT_S)
+                return self._resume_if_committed(now)
             case _:
                 self._enter_phase(Phase.DONE, now)
                 self.state = EngineState.SERVING
@@ -343,9 +340,11 @@ class Refit:
         self._missing = set(self._workers)
         return [Send(worker, Commit(self.attempt)) for worker in self._workers]
 
-    def _close_if_committed(self) -> list[Action]:
-        is_committed = self.phase is Phase.COMMIT and not self._missing
-        return [self._call(EngineCall.CLOSE)] if is_committed and self._update_returned else []
+    def _resume_if_committed(self, now: float) -> list[Action]:
+        if not (self.phase is Phase.COMMIT and not self._missing and self._session_closed):
+            return []
+        self._enter_phase(Phase.RESUME, now)
+        return [self._call(EngineCall.RESUME)]
 
     def fail(self, failure: Failure, now: float) -> list[Action]:
         """Fail, also for a reason from outside."""

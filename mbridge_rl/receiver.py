@@ -80,6 +80,18 @@ class _Session:
     unused: list[str]  # HF names that the model has no place for
 
 
+@dataclass(slots=True)
+class _Running:
+    """One refit, from the engine's "update" call to its "finish update"."""
+
+    session: _Session
+    attempt: int
+    version: int
+    moves: bool
+    is_checked: bool = False
+    seconds: float = 0.0
+
+
 class Receiver:
     """One per engine worker, for the worker's whole life. Remembers what the engine serves."""
 
@@ -90,7 +102,7 @@ class Receiver:
         self._me = f"engine worker {index} (process {os.getpid()})"
         self._session: _Session | None = None
         self._session_open = False  # the engine's own update session: between open_session and close_session
-        self._pending: int | None = None  # version that close_session will make the engine's
+        self._running: _Running | None = None  # between run and close_session
 
     # --- called by the engine's entry points -------------------------------------------------------------------------
 
@@ -117,33 +129,32 @@ class Receiver:
         self._session_open = True
 
     def run(self, attempt: int, version: int, moves: bool) -> None:
-        """The engine's "update" call: one refit, from the first bucket until Commit or failure.
-
-        If it moves nothing, checksums are compared and that is all.
-        """
+        """The engine's "update" call: start all that writes weights. If nothing moves, there is nothing to do."""
         session = self._session
         if session is None:
             raise ProtocolError("no trainer is connected to this engine; attach one first")
-        self._pending = None
+        self._running = _Running(session, attempt, version, moves)
         if not moves:
-            self._check_only(session, attempt)
             return
         self.is_stale = True  # until close_session finds a commit
         try:
-            self._refit(session, attempt)
-            self._commit(session, attempt)
+            self._stream(self._running)
         except SyncError as error:
-            _log.error("refit %d failed, the engine is stale: %s", attempt, error)
-            self._abandon()
-            session.link.send(Failed(attempt, as_failure(error, self._me, "stream")))
-            return
-        self._pending = version
+            self._fail(self._running, error)
 
     def close_session(self) -> None:
-        """The engine's "finish update" call: what was committed is now what the engine serves."""
+        """The engine's "finish update" call: what was started is finished, checked and committed."""
         self._session_open = False
-        if self._pending is not None:
-            self.version, self.is_stale, self._pending = self._pending, False, None
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            self._finish(running)
+        except SyncError as error:
+            self._fail(running, error)
+            return
+        if running.moves:
+            self.version, self.is_stale = running.version, False
 
     def detach(self) -> None:
         """Let go of the trainer, if there is one."""
@@ -186,41 +197,45 @@ class Receiver:
         unused = [spec.name for spec in layout.tensors if spec.name not in found.consumed]
         return _Session(link, invitation, path, Checker(layout, self._target, examined.placement), unused)
 
-    def _refit(self, session: _Session, attempt: int) -> None:
-        path, is_checked = session.path, False
+    def _stream(self, running: _Running) -> None:
+        path, attempt = running.session.path, running.attempt
         started = time.perf_counter()
         path.begin()
-        begin_s = time.perf_counter() - started
+        running.seconds = time.perf_counter() - started
         for bucket in range(path.num_buckets):
-            message = self._expect(session, attempt, Load, f"bucket {bucket}", bucket)
+            message = self._expect(running, Load, f"bucket {bucket}", bucket)
             started = time.perf_counter()
             path.apply(message)
-            session.link.send(Loaded(attempt, bucket, time.perf_counter() - started))
-            is_checked = message.is_checked
-        started = time.perf_counter()
-        path.finish()
-        seconds = begin_s + time.perf_counter() - started
-        if is_checked and path.changed is not None:
-            session.checker.record(path.changed)
+            running.session.link.send(Loaded(attempt, bucket, time.perf_counter() - started))
+            running.is_checked = message.is_checked
+
+    def _finish(self, running: _Running) -> None:
+        """Finish the refit, send checksums if they are asked for, and wait for Commit."""
+        session, path, attempt = running.session, running.session.path, running.attempt
+        if running.moves:
+            started = time.perf_counter()
+            path.finish()
+            running.seconds += time.perf_counter() - started
+            if running.is_checked and path.changed is not None:
+                session.checker.record(path.changed)
+            else:
+                session.checker.forget()
+            session.link.send(Applied(attempt, running.seconds, path.extra_bytes, path.reloaded, path.reasons))
         else:
-            session.checker.forget()
-        session.link.send(Applied(attempt, seconds, path.extra_bytes, path.reloaded, path.reasons))
-
-    def _check_only(self, session: _Session, attempt: int) -> None:
-        try:
             session.link.send(Applied(attempt, 0.0, 0))
-            self._commit(session, attempt)
-        except SyncError as error:
-            _log.error("check %d failed: %s", attempt, error)
-            session.link.send(Failed(attempt, as_failure(error, self._me, "check")))
-
-    def _commit(self, session: _Session, attempt: int) -> None:
-        """Send checksums if they are asked for, then wait for Commit."""
-        message = self._expect(session, attempt, (Check, Commit), "Commit", None)
+        message = self._expect(running, (Check, Commit), "Commit", None)
         if isinstance(message, Check):
-            session.link.send(session.checker.check(message, attempt, session.path.changed))
-            self._expect(session, attempt, Commit, "Commit", None)
+            session.link.send(session.checker.check(message, attempt, path.changed))
+            self._expect(running, Commit, "Commit", None)
         session.link.send(Committed(attempt))
+
+    def _fail(self, running: _Running, error: SyncError) -> None:
+        """Give up, and let rank 0 know. The engine's own calls go on as if nothing had happened."""
+        self._running = None
+        if running.moves:
+            _log.error("refit %d failed, the engine is stale: %s", running.attempt, error)
+            self._abandon()
+        running.session.link.send(Failed(running.attempt, as_failure(error, self._me, "stream")))
 
     def _abandon(self) -> None:
         try:
@@ -228,12 +243,11 @@ class Receiver:
         except SyncError as error:
             _log.error("%s", error)  # the refit's own error is the one to report
 
-    def _expect(
-        self, session: _Session, attempt: int, kind: type[M] | tuple[type[M], ...], what: str, bucket: int | None
-    ) -> M:
+    def _expect(self, running: _Running, kind: type[M] | tuple[type[M], ...], what: str, bucket: int | None) -> M:
+        session = running.session
         while True:
             message = session.link.recv(session.invitation.deadline_s + GRACE_S, what)
-            if isinstance(message, Alive) or getattr(message, "attempt", attempt) < attempt:
+            if isinstance(message, Alive) or getattr(message, "attempt", running.attempt) < running.attempt:
                 continue  # rank 0 waits for others; or left over from a refit that failed
             if isinstance(message, Abort):
                 failure = message.failure

@@ -57,6 +57,7 @@ class SyncReport:
     copy_limit_gb_s: float | None = None  # of a plain copy on the trainer's device, measured when the syncer was built
     reasons: dict[str, str] = field(default_factory=dict)  # engine module -> why it is not written directly
     verification: VerifyReport | None = None
+    calls_s: dict[str, float] = field(default_factory=dict)  # the engine's own calls, by name; they span phases
 
     @property
     def gb_per_s(self) -> float:

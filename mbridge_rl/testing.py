@@ -19,8 +19,7 @@ from mbridge.plan import TrainerPlan
 
 from .engines.base import Engine
 from .errors import EngineBusyError, EngineStaleError, SyncError, TransportError, VersionError
-from .lender import Lender
-from .messages import Loan
+from .messages import Check
 from .protocol import EngineState
 from .syncer import PathChoice, WeightSyncer
 from .transports.base import NUM_SLOTS, Address, Lent, Transport
@@ -169,24 +168,24 @@ def check_engine(
         assert _state(engine) is EngineState.SERVING, "a refused refit must not touch the engine"
     with _Failing(bridge, engine, bucket_bytes=size, deadline_s=30, path=path) as failing:
         assert failing.version == first + 5, "the engine forgot its version"
-        _raises(SyncError, failing.sync, "a trainer's failure went unnoticed")
+        _raises(SyncError, lambda: failing.sync(verify="full"), "a trainer's failure went unnoticed")
         assert _state(engine) is EngineState.STALE, "a torn engine must be stale"
         _raises(EngineStaleError, engine.check_serving, "a stale engine serves")
         failing.fails = False
-        failing.sync()
+        failing.sync(verify="full")
         assert _state(engine) is EngineState.SERVING, "a commit makes an engine serve again"
         _compare(read(engine), bridge.tensors)
 
 
 class _Failing(WeightSyncer):
-    """Fails in the middle of a refit while `fails`."""
+    """Fails in a refit, after weights were written, while `fails`."""
 
     fails = True
 
-    def _fill(self, bucket: int) -> Loan | None:
-        if self.fails and (isinstance(self._mover, Lender) or bucket == self.layout.num_buckets // 2):
+    def _totals(self, message: Check) -> dict[int, int]:
+        if self.fails:
             raise SyncError("a failure on purpose")
-        return super()._fill(bucket)
+        return super()._totals(message)
 
 
 def _state(engine: Engine) -> EngineState:

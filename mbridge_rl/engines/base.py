@@ -2,14 +2,15 @@
 
 Only rank 0 holds an `Engine`. The syncer makes its calls one at a time, each in a thread of its own, in this order:
 
-    attach                                                    once, when the syncer is built
-    pause, update, close_session, publish, resume             each refit that succeeds
-    pause, update, close_session                              a refit that fails while weights move: it stays paused
-    close_session                                             after attach, if a dead trainer left a session open
-    detach                                                    when the syncer is closed
+    attach                                                        once, when the syncer is built
+    pause, update, reset_cache, close_session, publish, resume    each refit that succeeds
+    pause, update, close_session                                  one that fails while weights move: it stays paused
+    close_session                                                 after attach, if a dead trainer left one open
+    detach                                                        when the syncer is closed
 
-Each call blocks until the engine has done it, or raises EngineError. `update` returns when every worker has left the
-refit, whatever its outcome: the outcome itself travels through the control channel, from receiver.py in each worker.
+Each call blocks until the engine has done it, or raises EngineError. `update` returns when every worker has started all
+that writes weights, `close_session` when every worker has committed or given up. The outcome itself travels through the
+control channel, from receiver.py in each worker.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ class Engine(ABC):
         """Have every worker call `Receiver.close_session()`."""
 
     @abstractmethod
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
-        """Make `version` known to the engine, and drop what it cached of older weights if asked to."""
+    def reset_cache(self) -> None:
+        """Drop what it cached of older weights. Called while the workers may still copy new ones, and it is paused."""
+
+    @abstractmethod
+    def publish(self, version: int) -> None:
+        """Make `version` known to the engine."""
 
     @abstractmethod
     def resume(self) -> None:

@@ -54,7 +54,10 @@ class ModuleEngine(Engine):
     def close_session(self) -> None:
         self.receiver.close_session()
 
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
+    def reset_cache(self) -> None:
+        """Nothing is cached."""
+
+    def publish(self, version: int) -> None:
         """Nobody to tell."""
 
     def resume(self) -> None:
@@ -75,6 +78,8 @@ class ModuleTarget(Target):
 
     def examine(self, tensors: tuple[TensorSpec, ...]) -> Examined:
         found = dry_run(self._load, tensors)
+        modules = {name: name.rpartition(".")[0] for name in self._live}
+        placement = place(found, self._live, modules)
         if found.loaded is not None:
             loaded = {_address(self._module_tensors()[name]) for name in found.loaded}
             # Tensors that share memory (tied embeddings) need to come once only.
@@ -84,8 +89,7 @@ class ModuleTarget(Target):
                     f"the trainer has no tensor for {len(missing)} of the module's: {', '.join(missing[:5])}",
                     tensor=missing[0],
                 )
-        modules = {name: name.rpartition(".")[0] for name in self._live}
-        return Examined(found, place(found, self._live, modules))
+        return Examined(found, placement)
 
     def begin(self, modules: frozenset[str] | None = None) -> None:
         """Writes go straight into the module."""

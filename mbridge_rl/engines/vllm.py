@@ -124,12 +124,13 @@ class VLLMEngine(_VLLM):
         # Level 0 of vLLM's sleep pauses the scheduler and touches no memory.
         self._guarded(self.llm.sleep, level=0, mode=self._pause_mode(in_flight))
 
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
+    def reset_cache(self) -> None:
+        # Requests that were kept are computed again from their tokens, with the new weights.
+        _check_reset(self._guarded(self.llm.reset_prefix_cache, reset_running_requests=True))
+
+    def publish(self, version: int) -> None:
         if self._has_version:
             self._guarded(self.llm.update_weight_version, str(version))
-        if reset_prefix_cache:
-            # Requests that were kept are computed again from their tokens, with the new weights.
-            _check_reset(self._guarded(self.llm.reset_prefix_cache, reset_running_requests=True))
 
     def resume(self) -> None:
         self._guarded(self.llm.wake_up, tags=["scheduling"])
@@ -188,16 +189,17 @@ class VLLMServer(_VLLM):
     def pause(self, in_flight: InFlight) -> None:
         self._request("POST", f"pause?mode={in_flight}&clear_cache=false")
 
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
+    def reset_cache(self) -> None:
+        answer = self._request("POST", "reset_prefix_cache?reset_running_requests=true")
+        _check_reset(answer is None or answer.get("success", True))
+
+    def publish(self, version: int) -> None:
         try:
             self._request("POST", "update_weight_version", {"new_version": str(version)})
         except EngineError as error:
             if not isinstance(error.__cause__, urllib.error.HTTPError) or error.__cause__.code != 404:
                 raise
             # vLLM before 0.27 keeps no version; our workers do.
-        if reset_prefix_cache:
-            answer = self._request("POST", "reset_prefix_cache?reset_running_requests=true")
-            _check_reset(answer is None or answer.get("success", True))
 
     def resume(self) -> None:
         self._request("POST", "resume")

@@ -134,10 +134,10 @@ class VLLMTarget(Target):
                 placement = place(found, LiveTensors.of(self._model), self._module_of())
             finally:
                 self.abandon()
-        # As vLLM's own loader does: only unquantised models tell what they loaded in terms of their parameters.
-        if found.loaded is not None and self._model_config.quantization is None:
-            shared = {alias for name in found.loaded for alias in aliases.get(name, ())}
-            missing = sorted(wanted - found.loaded - shared)
+        # As vLLM's own loader does, of unquantised models: others have parameters that nothing is loaded to.
+        if self._model_config.quantization is None:
+            shared = {alias for name in placement.written for alias in aliases.get(name, ())}
+            missing = sorted(wanted - placement.written - shared)
             if missing:
                 raise EngineMismatchError(
                     f"the trainer has no tensor for {len(missing)} parameters of the engine: {', '.join(missing[:5])}. "
@@ -148,7 +148,7 @@ class VLLMTarget(Target):
             module
             for path, module in self._modules.items()
             if any(
-                len(aliases.get(name, ())) > 1 and name not in (found.loaded or ()) for name in _own_names(path, module)
+                len(aliases.get(name, ())) > 1 and name not in placement.written for name in _own_names(path, module)
             )
         ]
         if self._vllm_config.parallel_config.enable_eplb:

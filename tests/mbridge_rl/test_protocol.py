@@ -154,7 +154,7 @@ def test_success_in_any_order(seed: int) -> None:
     world.run()
     refit = world.refit
     assert (refit.phase, refit.state, refit.version, refit.failure) == (Phase.DONE, EngineState.SERVING, 8, None)
-    assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE, EngineCall.PUBLISH, EngineCall.RESUME]
+    assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE, EngineCall.RESUME]
     assert sorted(world.sent(Fill)) == sorted(ALL[:TRAINERS] * BUCKETS)
     assert sorted(world.sent(Load)) == sorted(ALL[TRAINERS:] * BUCKETS)
     assert refit.fill_s == [0.5 * BUCKETS] * TRAINERS

@@ -605,7 +605,10 @@ class Moody(ModuleEngine):
         self._maybe("close_session")
         super().close_session()
 
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
+    def reset_cache(self) -> None:
+        self._maybe("reset_cache")
+
+    def publish(self, version: int) -> None:
         self._maybe("publish")
 
     def resume(self) -> None:
@@ -618,6 +621,7 @@ class Moody(ModuleEngine):
         ("pause", EngineState.SERVING),
         ("update", EngineState.STALE),
         ("close_session", EngineState.STALE),
+        ("reset_cache", EngineState.STALE),
         ("publish", EngineState.STALE),
         ("resume", EngineState.STALE),
     ],

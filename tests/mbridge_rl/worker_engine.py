@@ -97,8 +97,11 @@ class ProcessEngine(Engine):
         self.calls.append("close_session")
         self._call("close_session")
 
-    def publish(self, version: int, *, reset_prefix_cache: bool) -> None:
-        self.calls.append(f"publish {version} {reset_prefix_cache}")
+    def reset_cache(self) -> None:
+        self.calls.append("reset_cache")
+
+    def publish(self, version: int) -> None:
+        self.calls.append(f"publish {version}")
 
     def resume(self) -> None:
         self.calls.append("resume")
