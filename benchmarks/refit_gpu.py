@@ -160,6 +160,7 @@ class Case:
             "wall_s": times,
             "total_s": median(report.total_s for report in reports),
             "phases_s": {name: median(r.phases.get(name, 0.0) for r in reports) for name in last.phases},
+            "calls_s": {name: median(r.calls_s.get(name, 0.0) for r in reports) for name in last.calls_s},
             "fill_s": median(report.fill_s for report in reports),
             "load_s": median(report.load_s for report in reports),
             "groups": dict(Counter(last.paths.values())),

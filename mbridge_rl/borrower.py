@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from mbridge.pieces import Box, Copy, Piece, Region, join, row_major, whole_pieces
+from mbridge.pieces import Box, Copy, Piece, Region, Shape, join, row_major, whole_pieces
 
 from .buckets import Layout
 from .errors import ProtocolError, SyncError, TransportError
@@ -47,6 +47,9 @@ class Borrower:
         """Follow memory that has moved. Returns whether any has."""
         if not loans:
             return False
+        strangers = loans.keys() - self._loans.keys()
+        if strangers:
+            raise ProtocolError(f"trainer rank {min(strangers)} lends memory, but is none that lent at first")
         self._loans |= loans
         self._map()
         return True
@@ -87,26 +90,52 @@ class Borrower:
         for address, segment in wanted.items():
             if address in self._mapped:
                 continue
-            mapped = self._transport.map_segment(segment)
-            self._mapped[address] = mapped
+            mapped = self._mapped[address] = self._open(segment)
             if mapped.bytes.device.type != self._device.type:
                 raise TransportError(
                     f"the trainer's parameters are on {mapped.bytes.device.type}, the engine's on {self._device.type}"
                 )
         for rank, loan in self._loans.items():
             segments = [self._mapped[_address(segment)].bytes for segment in loan.segments]
-            for (name, dtype, numel), (number, offset) in zip(self._local[rank], loan.places, strict=True):
+            local = self._local[rank]
+            if len(loan.places) != len(local):
+                raise ProtocolError(f"trainer rank {rank} lends {len(loan.places)} tensors instead of {len(local)}")
+            for (name, dtype, numel), (number, offset) in zip(local, loan.places, strict=True):
                 num_bytes = numel * dtype.itemsize
-                memory = segments[number]
-                if offset < 0 or offset + num_bytes > memory.numel():
-                    raise ProtocolError(f"trainer rank {rank} lends {name} outside of its segment")
+                memory = segments[number] if 0 <= number < len(segments) else None
+                if memory is None or offset < 0 or offset % dtype.itemsize or offset + num_bytes > memory.numel():
+                    raise ProtocolError(f"trainer rank {rank} lends {name} outside of its segments")
                 self.tensors[name] = memory[offset : offset + num_bytes].view(dtype)
+
+    def _open(self, segment: Mapping[str, str | int]) -> Mapped:
+        try:
+            return self._transport.map_segment(dict(segment))
+        except (KeyError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"{self._transport.name} cannot read the address {dict(segment)}: {error!r}") from error
 
 
 def _pieces(layout: Layout, rank: Lends) -> Iterator[Piece]:
+    """Raises ProtocolError for a piece that lies outside of its HF tensor or of its local tensor."""
     for number, start, stop, local, offset, stride in rank.pieces:
+        if not (0 <= number < len(layout.tensors) and 0 <= local < len(rank.tensors)):
+            raise ProtocolError(f"trainer rank {rank.rank} lends tensor {local} as HF tensor {number}: no such number")
+        spec, (name, _, numel) = layout.tensors[number], rank.tensors[local]
         box = Box(start, stop)
-        yield Piece(layout.tensors[number].name, box, _name(rank, local), Region(offset, box.shape, stride))
+        if not (len(start) == len(stop) == len(stride)) or not _is_inside(box, spec.shape):
+            raise ProtocolError(f"trainer rank {rank.rank} lends {box} of {list(spec.shape)}", tensor=spec.name)
+        last = offset + sum((n - 1) * step for n, step in zip(box.shape, stride, strict=True))
+        if min(offset, *stride, 0) < 0 or last >= numel:
+            raise ProtocolError(f"trainer rank {rank.rank} lends elements outside of {name}", tensor=spec.name)
+        yield Piece(spec.name, box, _name(rank, local), Region(offset, box.shape, stride))
+
+
+def _is_inside(box: Box, shape: Shape) -> bool:
+    """Whether `box` is one of a tensor of `shape`, or of its unfolded view, and not empty."""
+    if shape and len(box.start) == len(shape) + 1:
+        shape = (*shape[:-1], shape[-1] // 2, 2)
+    return len(box.start) == len(shape) and all(
+        0 <= start < stop <= size for start, stop, size in zip(box.start, box.stop, shape, strict=True)
+    )
 
 
 def _name(rank: Lends, local: int) -> str:
@@ -116,6 +145,8 @@ def _name(rank: Lends, local: int) -> str:
 def _form(rank: Lends, local: int) -> tuple[torch.dtype, int]:
     name, dtype_name, numel = rank.tensors[local]
     dtype = getattr(torch, dtype_name, None)
+    if numel < 0:
+        raise ProtocolError(f"{name} has {numel} elements", tensor=name)
     if not isinstance(dtype, torch.dtype):
         raise SyncError(f"{name} has dtype {dtype_name!r}, which this torch does not know", tensor=name)
     return dtype, numel

@@ -14,7 +14,7 @@ from mbridge.pieces import Piece
 from .buckets import Layout, Part, aligned, part_view
 from .loading import check_loaded, guarded, load
 from .messages import Load
-from .placement import Expected, compare_in_place, expected_of_tensor
+from .placement import Expected, compare_in_place, expected_of_tensors
 from .target import Examined, Target
 
 
@@ -39,7 +39,6 @@ class BucketPath:
         self._target, self._slots = target, slots
         self._found, self._placement = examined.found, examined.placement
         self._shapes = {spec.name: spec.shape for spec in layout.tensors}
-        self._specs = {spec.name: spec for spec in layout.tensors}
         self._assembly = Assembly(layout)
         self._loaded: set[str] = set()
         views = [slots.slot(0), slots.slot(1)]
@@ -63,7 +62,13 @@ class BucketPath:
     def apply(self, message: Load) -> None:
         if message.is_checked and message.bucket == 0 and self.changed is None:
             self._expected = []
-        self._loaded |= load(self._target, self._noted(self._assembly.ready(self._program[message.bucket])))
+        tensors = self._assembly.ready(self._program[message.bucket])
+        if self._expected is not None:
+            ready = dict(tensors)  # a bucket holds whole groups, or the end of one that is put together: all stay valid
+            pieces = [piece for name in ready for piece in self._pieces.get(name, ())]
+            self._expected += expected_of_tensors(ready, pieces, self._placement.formats)
+            tensors = iter(ready.items())
+        self._loaded |= load(self._target, tensors)
 
     def finish(self) -> None:
         check_loaded(self._loaded, self._found.loaded)
@@ -74,13 +79,6 @@ class BucketPath:
     def close(self) -> None:
         self._program.clear()
         self._slots.close()
-
-    def _noted(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            if self._expected is not None:
-                pieces = self._pieces.get(name, ())
-                self._expected += expected_of_tensor(self._specs[name], tensor, pieces, self._placement.formats)
-            yield name, tensor
 
 
 class Assembly:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,7 +36,7 @@ class Part:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """All buckets of a refit, equal on every trainer rank and in every engine worker."""
 
@@ -46,7 +47,7 @@ class Layout:
     num_buckets: int
     optional_names: frozenset[str] = frozenset()  # HF names that an engine may leave unread
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return sum(spec.num_bytes for spec in self.tensors)
 

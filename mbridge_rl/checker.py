@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from mbridge.pieces import Box, Piece, Region
 
 from .buckets import Layout
@@ -18,7 +20,8 @@ from .placement import Placement
 from .target import Target
 
 NOT_KNOWN = "it is not known yet what the engine does with its tensors after loading; pass verify= to a sync() first"
-NO_RECORD = "it is made from what was loaded; sync(verify=...) takes a checksum of it"
+NO_RECORD = "sync(verify=...) takes a checksum of it"
+NOT_SENT = "not all of it comes from the trainer"
 UNSEEN = "the engine has packed it into memory that it does not show"
 
 
@@ -58,9 +61,11 @@ class Checker:
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         totals = checksums(pieces, shapes, live)
         now = self._own_checksums(changed) if message.share == 0 and self._records else {}
-        for name, reason in changed.items():
-            if name not in self._records or live[name].numel() == 0:
-                unchecked[name] = UNSEEN if name in live and live[name].numel() == 0 else f"{reason}; {NO_RECORD}"
+        for name in changed.keys() | self._own(changed).keys():
+            if name in live and not live[name].numel():
+                unchecked[name] = UNSEEN
+            elif name not in self._records:
+                unchecked[name] = f"{changed.get(name, NOT_SENT)}; {NO_RECORD}"
         return Checked(
             attempt,
             boxes=[
@@ -71,13 +76,15 @@ class Checker:
             unchecked=unchecked,
         )
 
+    def _own(self, changed: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Every engine tensor that holds more or other than what was loaded."""
+        live, placement = self._target.live(), self._placement
+        loaded = {piece.local_name for piece in placement.pieces} - changed.keys() - placement.unwritten().keys()
+        # A name may be there no more: engines drop what they have repacked.
+        return {name: live[name] for name in live if name not in loaded and name in live and live[name].numel()}
+
     def _own_checksums(self, changed: Mapping[str, str]) -> dict[str, int]:
-        """Of every engine tensor that holds more or other than what was loaded."""
-        live = self._target.live()
-        loaded = (
-            {piece.local_name for piece in self._placement.pieces} - changed.keys() - self._placement.unwritten().keys()
-        )
-        own = {name: live[name] for name in live if name not in loaded and live[name].is_contiguous()}
+        own = {name: tensor for name, tensor in self._own(changed).items() if tensor.is_contiguous()}
         pieces = [Piece(n, Box.whole(t.shape), n, Region.contiguous(t.shape)) for n, t in own.items()]
         totals = checksums(pieces, {n: tuple(t.shape) for n, t in own.items()}, own)
         return dict(zip(own, totals, strict=True))

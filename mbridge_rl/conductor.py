@@ -243,10 +243,11 @@ class Conductor:
         self, attempt: int, version: int, source: Source, *, moves: bool = True, check: tuple[int, int] | None = None
     ) -> Done:
         """One refit as trainer rank 0, with its weights. See protocol.Refit for `moves` and `check`."""
-        if self._broken is not None:
+        refusal = self._broken or (None if moves else self._why_not_serving())
+        if refusal is not None:
             for peer in self._trainers:
-                self.hub.send(self._routes[peer], Abort(attempt, self._broken))
-            raise raised(self._broken)
+                self.hub.send(self._routes[peer], Abort(attempt, refusal))
+            raise raised(refusal)
         refit = Refit(
             attempt=attempt,
             last_version=self._version,
@@ -282,6 +283,13 @@ class Conductor:
         for peer in self._trainers:
             self.hub.send(self._routes[peer], done)
         return done
+
+    def _why_not_serving(self) -> Failure | None:
+        try:
+            self.engine.check_serving()
+        except SyncError as error:
+            return error.failure
+        return None
 
     def _pump(self, refit: Refit, mine: deque[Fill | Check], source: Source) -> None:
         """Turn what happens into events of `refit` until it is over. `mine`: messages for rank 0 itself."""

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .patches import CHUNK_FIELDS, Chunks, Records, Tuning, chunked, is_rows, power_of_two_in, take, tile_cols, upload
+from .patches import CHUNK_FIELDS, Chunks, Records, Tunings, chunked, is_rows, power_of_two_in, take, tile_cols, upload
 
 STRIDED_TILE = 64  # rows and cols
 VECTOR_BYTES = 16  # the widest access of a thread
@@ -37,6 +37,14 @@ class Key(NamedTuple):
     row_multiple: int  # and rows
     rows: int  # of a tile
     cols: int
+
+
+class Planned(NamedTuple):
+    """A launch without its memory."""
+
+    key: Key
+    chunks: Chunks
+    num_warps: int
 
 
 class Launch(NamedTuple):
@@ -72,16 +80,16 @@ class Launches:
         self,
         groups: Iterable[tuple[torch.dtype, torch.dtype, Records]],
         device: torch.device,
-        tuning: Tuning,
+        tuning: Tunings,
     ) -> None:
         planned = [launch for group in groups for launch in plan_launches(*group, tuning)]
-        self._buffer = upload([array for _, chunks in planned for array in chunks], device)
+        self._buffer = upload([array for plan in planned for array in plan.chunks], device)
         self.launches: list[Launch] = []
         start = 0
-        for key, chunks in planned:
+        for key, chunks, num_warps in planned:
             table, start = take(self._buffer, start, chunks.table)
             patch_of, start = take(self._buffer, start, chunks.patch_of)
-            self.launches.append(Launch(key, table, patch_of, tuning.num_warps))
+            self.launches.append(Launch(key, table, patch_of, num_warps))
 
     @property
     def num_bytes(self) -> int:
@@ -101,8 +109,8 @@ def is_known(source: torch.dtype, destination: torch.dtype, strided: npt.NDArray
 
 
 def plan_launches(
-    source: torch.dtype, destination: torch.dtype, patches: Records, tuning: Tuning
-) -> Iterator[tuple[Key, Chunks]]:
+    source: torch.dtype, destination: torch.dtype, patches: Records, tuning: Tunings
+) -> Iterator[Planned]:
     """The launches of one pair of dtypes. Addresses must be aligned as the dtypes are."""
     straight = is_rows(patches)
     if source == destination:
@@ -115,7 +123,7 @@ def plan_launches(
         yield from _strided(strided, *types, tuning)
 
 
-def _raw_rows(patches: Records, itemsize: int, tuning: Tuning) -> Iterator[tuple[Key, Chunks]]:
+def _raw_rows(patches: Records, itemsize: int, tuning: Tunings) -> Iterator[Planned]:
     """Bytes moved in the widest unit that divides addresses, row bytes and pitches."""
     if not len(patches):
         return
@@ -132,30 +140,31 @@ def _raw_rows(patches: Records, itemsize: int, tuning: Tuning) -> Iterator[tuple
         yield from _rows(members, UNITS[unit], UNITS[unit], width // unit, tuning)
 
 
-def _typed_rows(patches: Records, source: Any, destination: Any, tuning: Tuning) -> Iterator[tuple[Key, Chunks]]:
+def _typed_rows(patches: Records, source: Any, destination: Any, tuning: Tunings) -> Iterator[Planned]:
     multiples = _multiples(patches, source, destination, ("cols",))
     for multiple in np.unique(multiples).tolist():
         yield from _rows(patches[multiples == multiple], source, destination, multiple, tuning)
 
 
-def _rows(
-    patches: Records, source: Any, destination: Any, multiple: int, tuning: Tuning
-) -> Iterator[tuple[Key, Chunks]]:
-    widths = tile_cols(patches, tuning.tile_cols)
-    for cols in np.unique(widths).tolist():
-        rows = tuning.tile_elements // cols
-        key = Key(source, destination, 1, 1, multiple, 1, rows, cols)
-        yield key, chunked(patches[widths == cols], rows, cols, tuning.chunk_elements)
+def _rows(patches: Records, source: Any, destination: Any, multiple: int, tuning: Tunings) -> Iterator[Planned]:
+    is_run = patches["rows"] == 1
+    for own, members in ((tuning.runs, patches[is_run]), (tuning.rows, patches[~is_run])):
+        widths = tile_cols(members, own.tile_cols)
+        for cols in np.unique(widths).tolist():
+            rows = own.tile_elements // cols
+            key = Key(source, destination, 1, 1, multiple, 1, rows, cols)
+            yield Planned(key, chunked(members[widths == cols], rows, cols, own.chunk_elements), own.num_warps)
 
 
-def _strided(patches: Records, source: Any, destination: Any, tuning: Tuning) -> Iterator[tuple[Key, Chunks]]:
+def _strided(patches: Records, source: Any, destination: Any, tuning: Tunings) -> Iterator[Planned]:
     multiples = _multiples(patches, source, destination, ("rows", "cols"))
     kinds = np.stack([_dims(patches, "source"), _dims(patches, "destination"), multiples], axis=1)
     found, kind_of = np.unique(kinds, axis=0, return_inverse=True)
     for number, (source_dim, destination_dim, multiple) in enumerate(found.tolist()):
         key = Key(source, destination, source_dim, destination_dim, multiple, multiple, STRIDED_TILE, STRIDED_TILE)
         members = patches[kind_of.reshape(-1) == number]
-        yield key, chunked(members, STRIDED_TILE, STRIDED_TILE, tuning.chunk_elements)
+        chunks = chunked(members, STRIDED_TILE, STRIDED_TILE, tuning.rows.chunk_elements)
+        yield Planned(key, chunks, tuning.rows.num_warps)
 
 
 def _dims(patches: Records, side: str) -> npt.NDArray[np.int64]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from mbridge.pieces import Copy, join
 
 from .borrower import Borrower
@@ -133,6 +135,8 @@ class DirectPath:
         self._bound = [live[name].data_ptr() for name in self._destinations]
         self._executor = executor
         self._copies = []
+        if self._target.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the engine's loader needed in this refit is not needed again
 
     def _join(self) -> list[Copy]:
         """Every copy into the engine. Raises PlanMismatchError if the trainers do not hold all that it asks for."""

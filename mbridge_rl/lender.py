@@ -1,7 +1,7 @@
 """The trainer's half of the direct path: lend the memory that holds this rank's parameters.
 
-Nothing is copied here. What workers need is written once (`lends`); at each refit the addresses are looked at again,
-and sent only if something moved (an offload, a `.data` swap, an optimizer that allocated anew).
+Nothing is copied here. What workers need is written once (`lends`); at each refit addresses are looked at again, and
+sent only if something moved (an offload, a `.data` swap, an optimizer that allocated anew).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mbridge.live import pointers
 from mbridge.pieces import Piece, TensorSpec
 
 from .errors import PlanMismatchError, SyncError
@@ -35,11 +36,19 @@ class Lender:
         self._sources, self._transport = sources, transport
         number = {spec.name: i for i, spec in enumerate(tensors)}
         owned = [piece for piece in owned if piece.box.numel]
+        for piece in owned:
+            spec, found = tensors[number[piece.hf_name]], sources[piece.local_name].dtype
+            if found != spec.dtype:  # as on the bucket path
+                raise PlanMismatchError(
+                    f"local tensor {piece.local_name!r} must be {spec.dtype}, found {found}", tensor=piece.hf_name
+                )
         self._names = list(dict.fromkeys(piece.local_name for piece in owned))
         local = {name: i for i, name in enumerate(self._names)}
         self._planned = [(sources[name].dtype, sources[name].numel()) for name in self._names]
         self._devices = {sources[name].device for name in self._names}
-        loan = self._lend()
+        self._read_pointers = pointers(sources, self._names)
+        self._addresses: list[int] = []
+        self._loan = self._lend()  # the last one
         self._unconfirmed: Loan | None = None  # sent in a refit that has not succeeded
         self.lends = Lends(
             rank=rank,
@@ -58,17 +67,20 @@ class Lender:
                 )
                 for piece in owned
             ],
-            loan=loan,
+            loan=self._loan,
         )
 
     def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
         """Use these local tensors until `end`."""
-        self._sources = sources
+        if sources is not self._sources:
+            self._sources, self._read_pointers = sources, pointers(sources, self._names)
 
     def fill(self, bucket: int) -> Loan | None:
         """Finish this rank's writes to its parameters; where they are now, if they moved. Raises SyncError."""
-        if self._current() != self._addresses:
-            self._unconfirmed = self._lend()
+        if self._current() != self._addresses or not self._transport.is_current(self._loan.segments):
+            loan = self._lend()
+            if loan != self._loan:
+                self._unconfirmed = self._loan = loan
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -81,7 +93,7 @@ class Lender:
 
     def _current(self) -> list[int]:
         try:
-            return [self._sources[name].data_ptr() for name in self._names]
+            return self._read_pointers()
         except KeyError as error:
             name = str(error.args[0])
             raise PlanMismatchError(f"the models no longer have local tensor {name!r}", tensor=name) from error
@@ -89,7 +101,9 @@ class Lender:
     def _lend(self) -> Loan:
         tensors = {}
         for name, (dtype, numel) in zip(self._names, self._planned, strict=True):
-            tensor = self._sources[name]
+            tensor = self._sources.get(name)
+            if tensor is None:
+                raise PlanMismatchError(f"the models no longer have local tensor {name!r}", tensor=name)
             if tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
                 raise PlanMismatchError(
                     f"local tensor {name!r} must be {dtype}, contiguous, with {numel} elements; found {tensor.dtype}, "

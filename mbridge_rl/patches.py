@@ -56,6 +56,13 @@ class Tuning(NamedTuple):
         return [cols for shift in (8, 6, 4, 2, 0) if (cols := self.tile_elements >> shift)]
 
 
+class Tunings(NamedTuple):
+    """Of patches that are one contiguous run, and of patches of several rows."""
+
+    runs: Tuning
+    rows: Tuning
+
+
 class Dim(NamedTuple):
     size: int
     source: int  # stride

@@ -9,15 +9,15 @@ no model is known here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from mbridge.pieces import Copy, Piece, Region, Shape, TensorSpec
+from mbridge.pieces import Copy, Piece, Region, Shape
 
-from .checksum import checksums
+from .checksum import checksums, hf_region
 from .recorder import DryRun, engine_pieces, storage_key
 
 
@@ -119,15 +119,13 @@ def expected_of_copies(
     return expected
 
 
-def expected_of_tensor(
-    spec: TensorSpec, tensor: torch.Tensor, pieces: Sequence[Piece], formats: Mapping[str, Format]
+def expected_of_tensors(
+    tensors: Mapping[str, torch.Tensor], pieces: Iterable[Piece], formats: Mapping[str, Format]
 ) -> list[Expected]:
-    """What engine `pieces` of HF tensor `spec` must hold, read from the whole `tensor`."""
-    whole = [
-        Copy(spec.name, piece.box, spec.name, _region_in(spec.shape, piece), piece.local_name, piece.region)
-        for piece in pieces
-    ]
-    return expected_of_copies(whole, {spec.name: tensor}, formats, {spec.name: spec.shape})
+    """What engine `pieces` of whole HF `tensors` must hold."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    whole = [Copy(p.hf_name, p.box, p.hf_name, hf_region(p, shapes[p.hf_name]), p.local_name, p.region) for p in pieces]
+    return expected_of_copies(whole, tensors, formats, shapes)
 
 
 def compare_in_place(
@@ -142,10 +140,12 @@ def compare_in_place(
     for item in expected:
         name = item.piece.local_name
         now = Format.of(live[name]) if name in live else None
-        if now == formats[name]:
-            comparable.append(item)
-        else:
+        if now != formats[name]:
             reasons[name] = f"loaded as {_text(formats[name])}, kept as {_text(now)}"
+        elif not live[name].is_contiguous():
+            reasons[name] = f"kept as {_text(now)}, which is not contiguous"
+        else:
+            comparable.append(item)
     found = checksums([item.piece for item in comparable], shapes, live)
     for item, total in zip(comparable, found, strict=True):
         if total != item.checksum:
@@ -178,13 +178,6 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 def _destination(copy: Copy) -> Piece:
     return Piece(copy.hf_name, copy.box, copy.destination_name, copy.destination)
-
-
-def _region_in(shape: Shape, piece: Piece) -> Region:
-    """The box of `piece` as a region of the whole HF tensor of `shape`."""
-    if len(piece.box.start) > len(shape):
-        shape = (*shape[:-1], shape[-1] // 2, 2)
-    return Region.contiguous(shape).part(piece.box.start, piece.box.shape)
 
 
 def _numel(shape: Shape) -> int:

@@ -161,10 +161,9 @@ class WeightSyncer:
         """Compare the engine's memory with the trainer's current weights, without moving any. Call it on every rank.
 
         What is wrong is in the report, by name, and so is what could not be compared: what the engine repacks or
-        derives is known only by the checksums that the last `sync(verify=...)` took. Raises SyncError.
+        derives is known only by the checksums that the last `sync(verify=...)` took. Raises the same SyncError on every
+        rank: EngineStaleError if the engine may not serve.
         """
-        if self._side is not None and isinstance(self._side, Conductor):
-            self._side.engine.check_serving()
         done = self._run(self.version, moves=False, verify=how)
         if done.stats.verification is None:
             raise SyncError("nobody compared anything", phase="check")
@@ -295,7 +294,7 @@ class WeightSyncer:
                 done = self._side.run(self._attempt, version, source)
             succeeded = True
         finally:
-            self._mover.end(succeeded=succeeded)
+            self._mover.end(succeeded=succeeded and moves)  # without a move, workers hear nothing of what has moved
         return done
 
     def _begin(self) -> None:

@@ -79,6 +79,10 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
     def start_weight_update(self) -> None:
         self.receiver.open_session()
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class then waits for the device. `finish_weight_update` does: copies go on while vLLM answers.
+        self.receive_weights(self.parse_update_info(update_info))
+
     def receive_weights(self, update_info: MBridgeUpdateInfo) -> None:
         with set_current_vllm_config(self.vllm_config):  # vLLM itself does so from 0.31 on
             self.receiver.run(update_info.attempt, update_info.version, update_info.moves)
@@ -210,6 +214,8 @@ class VLLMTarget(Target):
                 info.load_numel = info.load_numel_total = 0
         finalize_layerwise_reload(self._model, self._model_config)
         self._put_kernels_back()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def live(self) -> Mapping[str, torch.Tensor]:
         return self._live

@@ -11,7 +11,7 @@ lie in, and workers map it (`map_segment`). A *segment* is one contiguous alloca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -106,6 +106,15 @@ class Transport(ABC):
         Raises TransportError, with the reason, if it cannot be shared.
         """
         raise TransportError(f"transport {cls.name} lends no memory")
+
+    @classmethod
+    def is_current(cls, segments: Sequence[Address]) -> bool:
+        """Whether segments that this process lent are surely the same memory still, found out in microseconds.
+
+        An equal pointer does not tell: what was freed may have been allocated anew at the same place. False if in
+        doubt: the memory is then lent again.
+        """
+        return False
 
     @classmethod
     def map_segment(cls, address: Address) -> Mapped:

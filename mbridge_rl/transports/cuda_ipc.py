@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Self
 
@@ -90,6 +90,21 @@ class CudaIpc(Transport):
                         lent.segments.append(segment)
                     lent.places[name] = len(lent.segments) - 1, address - start
         return lent
+
+    @classmethod
+    def is_current(cls, segments: Sequence[Address]) -> bool:
+        by_device: dict[str, list[Address]] = defaultdict(list)
+        for segment in segments:
+            by_device[str(segment["device"])].append(segment)
+        try:
+            for device, own in by_device.items():
+                with driver().context_of(_index_of(device)):
+                    for segment in own:
+                        if driver().allocation_at(int(segment["base"])).number != segment["allocation"]:
+                            return False
+        except TransportError:  # it was freed
+            return False
+        return True
 
     @classmethod
     def map_segment(cls, address: Address) -> Mapped:

@@ -25,6 +25,7 @@ from mbridge_rl.checksum import TUNING as CHECKSUM_TUNING
 from mbridge_rl.checksum import checksums_by_torch, checksums_by_triton
 from mbridge_rl.copy_plan import TUNING as COPY_TUNING
 from mbridge_rl.copy_plan import CopyTable, Executor, TorchExecutor, TritonExecutor
+from mbridge_rl.patches import Tuning, Tunings
 from tests.mbridge_rl.random_copies import random_case
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -46,7 +47,7 @@ PAIRS = [
 NOT_INTERPRETED = [(F32, BF16), (F16, BF16), (BF16, F16)]
 SIZES = [[1, 2, 7, 33, 100], [8, 16, 64, 96, 200], [2, 8, 24, 1032]]
 # Small chunks, so that small cases have many; the size of a tile would mean to compile all again.
-TUNINGS = [COPY_TUNING, COPY_TUNING._replace(chunk_elements=2048)]
+SMALL = COPY_TUNING.rows._replace(chunk_elements=2048)
 EXPERTS, FFN, HIDDEN = 128, 768, 2048  # Qwen3-30B-A3B: 48 layers x 128 experts x (gate, up, down)
 MATRICES = 48 * EXPERTS * 3
 
@@ -72,15 +73,15 @@ def check(device: torch.device, num_cases: int) -> None:
         table = table_of(case.copies, case.sources, case.destinations)
         expected = {name: tensor.clone() for name, tensor in case.destinations.items()}
         run(TorchExecutor(table), case.sources, expected)
-        for tuning in TUNINGS:
+        for tunings in (COPY_TUNING, Tunings(SMALL, SMALL)):
             found = {name: tensor.clone() for name, tensor in case.destinations.items()}
-            run(TritonExecutor(table, device, tuning), case.sources, found)
+            run(TritonExecutor(table, device, tunings), case.sources, found)
             for name, tensor in expected.items():
                 same = torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8))
-                assert same, f"case {number}, {source} to {destination}, {tuning}: {name} differs"
+                assert same, f"case {number}, {source} to {destination}, {tunings}: {name} differs"
         if source.itemsize <= 8:
             sums = checksums_by_torch(case.pieces, case.shapes, case.sources)
-            for tuning in (CHECKSUM_TUNING, *TUNINGS):
+            for tuning in (CHECKSUM_TUNING, *COPY_TUNING, SMALL):
                 found_sums = checksums_by_triton(case.pieces, case.shapes, case.sources, device, tuning)
                 assert sums == found_sums, f"case {number}, {source}, {tuning}: checksums differ"
             pieces += len(sums)
@@ -169,13 +170,14 @@ def measure(device: torch.device, sweep: bool) -> None:
     if sweep:
         for warps in (4, 8):
             for tile in (1024, 2048, 4096):
-                copy_tunings += [type(COPY_TUNING)(tile, chunk, warps) for chunk in (8 << 10, 16 << 10, 32 << 10)]
-                sum_tunings += [type(COPY_TUNING)(tile, chunk, warps) for chunk in (32 << 10, 128 << 10)]
+                own = [Tuning(tile, chunk, warps) for chunk in (tile, 8 << 10, 16 << 10, 32 << 10)]
+                copy_tunings += [Tunings(tuning, tuning) for tuning in own]
+                sum_tunings += [Tuning(tile, chunk, warps) for chunk in (32 << 10, 128 << 10)]
     shapes = {f"hf{i}": (HIDDEN, FFN) for i in range(matrices)}
     for case in benches(source, destination):
         width = next(iter(case.sources.values())).dtype.itemsize
-        for tuning in copy_tunings:
-            executor = TritonExecutor(case.table, device, tuning)
+        for tunings in copy_tunings:
+            executor = TritonExecutor(case.table, device, tunings)
             start = time.perf_counter()
             executor.bind(case.sources, case.destinations)
             bound = time.perf_counter()
@@ -184,7 +186,7 @@ def measure(device: torch.device, sweep: bool) -> None:
             destination.zero_()
             took = milliseconds(executor.run)
             report(
-                f"{case.name} {describe(tuning, COPY_TUNING)}",
+                f"{case.name} {describe(tunings, COPY_TUNING)}",
                 took,
                 case.table.num_bytes // 2 * (2 + width),
                 f"plan {case.plan_s * 1e3:.0f} ms, bind {(bound - start) * 1e3:.0f} ms, again "
