@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_engine import PROMPTS, greedy
 
-LENGTH = 256
+LENGTH = 128
 BEFORE = 32  # tokens of each request before the refit
 LIMIT_S = 60.0
 

@@ -228,7 +228,7 @@ class Case:
         with WeightSyncer(self.bridge, self.llm, path=path, deadline_s=DEADLINE_S, in_flight="keep") as syncer:
             syncer.sync()
             syncer.sync()  # the first refit of the direct path is not like the others
-            old = greedy(self.llm, num_tokens=256) if self.rank == 0 else []
+            old = greedy(self.llm, num_tokens=128) if self.rank == 0 else []
             fill(self.bridge, 3)
             if self.rank == 0:
                 self.result["keep"] = refit_in_the_middle(self.llm, syncer.sync, old)
