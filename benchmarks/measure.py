@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,10 @@ def copy_gb_s(num_bytes: int = 1 << 30, *, device: str = "cpu") -> float:
 
 
 def copy_limit() -> float:
-    """GB/s of one plain copy of 8 GB on the GPU, of 256 MB without one; the memory is given back."""
+    """GB/s of one plain copy of 8 GB on the GPU (or what is free), of 256 MB without one; the memory is given back."""
     if not torch.cuda.is_available():
         return copy_gb_s(1 << 28)
-    limit = copy_gb_s(8 << 30, device="cuda")
+    limit = copy_gb_s(min(8 << 30, int(torch.cuda.mem_get_info()[0] * 0.4)), device="cuda")
     torch.cuda.empty_cache()
     return limit
 
@@ -111,3 +113,21 @@ def _version(package: str) -> str | None:
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Measure alone. Cases that `gpu_all.sh` starts together boot side by side, and then go one after the other.
+
+    MBRIDGE_BENCH_TURNS is a folder, in which the file `NAME.waits` stands for each case that has not booted or ended.
+    """
+    folder = os.environ.get("MBRIDGE_BENCH_TURNS")
+    if folder is None:
+        yield
+        return
+    Path(folder, f"{os.environ['MBRIDGE_BENCH_NAME']}.waits").unlink(missing_ok=True)
+    while list(Path(folder).glob("*.waits")):  # gpu_all.sh removes those of cases that ended, and bounds it all
+        time.sleep(0.2)
+    with Path(folder, "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -19,6 +19,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from gpu_engine import config_folder, engine_options, greedy, shut_down
 from gpu_trainer import bridge_of, change_one_element, fill
-from measure import about, copy_limit, device_used_bytes, print_table, row, write_json
+from measure import about, copy_limit, device_used_bytes, print_table, row, turn, write_json
 from shapes import SHAPES, make_config
 
 from mbridge import destroy_parallel, init_parallel
@@ -74,8 +75,23 @@ class Case:
         }  # fmt: skip
 
     def run(self) -> None:
+        with ExitStack() as stack:
+            booted = self.stage("boot", self.boot)
+            if self.rank == 0:
+                stack.enter_context(turn())
+            self.measure(booted)
+        if self.rank == 0 and self.result["rows"]:
+            print_table(self.result["rows"])
+        if self.llm is not None:
+            shut_down(self.llm)
+        destroy_parallel()
+        os._exit(0 if not self.result["errors"] else 1)  # nothing of an engine or a peer may hold this process up
+
+    def measure(self, booted: bool) -> None:
         args = self.args
-        if self.stage("boot", self.boot):
+        if booted:
+            if self.rank == 0:
+                self.limit = self.result["memcpy_gb_s"] = copy_limit()
             for number, path in enumerate(args.paths.split(",")):
                 if not self.stage(f"{path}: connect", lambda p=path: self.connect(p)):
                     continue
@@ -90,12 +106,6 @@ class Case:
                 self.stage(f"{path}: close", self.syncer.close)
             if args.keep:
                 self.stage("keep", self.keep)
-        if self.rank == 0 and self.result["rows"]:
-            print_table(self.result["rows"])
-        if self.llm is not None:
-            shut_down(self.llm)
-        destroy_parallel()
-        os._exit(0 if not self.result["errors"] else 1)  # nothing of an engine or a peer may hold this process up
 
     def stage(self, name: str, action: Callable[[], None]) -> bool:
         """Run one stage, write what is known so far. Whether every rank succeeded."""
@@ -120,10 +130,7 @@ class Case:
         """The engine starts in its process while this one builds the trainer's model."""
         args = self.args
         if self.rank == 0:
-            self.limit = self.result["memcpy_gb_s"] = copy_limit()
             self.mark("empty")
-        if dist.get_world_size() > 1:
-            dist.barrier()  # nobody else uses the GPU while the limit is measured
         folder = make_config(args.shape, config_folder())
         self.bridge = bridge = bridge_of(args.shape)
         if self.rank:

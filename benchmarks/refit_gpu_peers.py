@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gpu_engine import config_folder, engine_options, greedy, shut_down
-from measure import about, copy_limit, device_used_bytes, print_table, row, write_json
+from measure import about, copy_limit, device_used_bytes, print_table, row, turn, write_json
 from shapes import SHAPES, make_config
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -43,8 +43,16 @@ class Peers:
         }  # fmt: skip
 
     def run(self) -> None:
-        self.limit = self.result["memcpy_gb_s"] = copy_limit()
         self.boot()
+        with turn():
+            self.limit = self.result["memcpy_gb_s"] = copy_limit()
+            self.measure_all()
+        self.write()
+        print_table(self.result["rows"] or [{"what": "nothing ran"}])
+        shut_down(self.llm)
+        os._exit(0 if not self.result["errors"] else 1)
+
+    def measure_all(self) -> None:
         ways: dict[str, Callable[[], Any]] = {
             "vLLM ipc packed": lambda: self.ipc(packed=True),
             "vLLM ipc unpacked": lambda: self.ipc(packed=False),
@@ -53,10 +61,6 @@ class Peers:
             self.measure(what, way)
         self.measure("flattened buckets", self.flattened)
         self.measure("load_weights, mapped", self.load_mapped, before=self.map)
-        self.write()
-        print_table(self.result["rows"] or [{"what": "nothing ran"}])
-        shut_down(self.llm)
-        os._exit(0 if not self.result["errors"] else 1)
 
     def boot(self) -> None:
         from vllm import LLM

@@ -39,9 +39,9 @@ class BucketPath:
         self._target, self._slots = target, slots
         self._found, self._placement = examined.found, examined.placement
         self._shapes = {spec.name: spec.shape for spec in layout.tensors}
-        self._assembly = Assembly(layout)
-        self._loaded: set[str] = set()
         views = [slots.slot(0), slots.slot(1)]
+        self._assembly = Assembly(layout, views[0].device)
+        self._loaded: set[str] = set()
         self._program = [
             [(part, part_view(views[part.bucket % len(views)], layout.tensors[part.tensor], part)) for part in bucket]
             for bucket in layout.by_bucket()
@@ -87,7 +87,7 @@ class Assembly:
     Groups come one after the other, so one buffer of the largest such group serves them all, refit after refit.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, device: torch.device | None = None) -> None:
         self._layout = layout
         self._group_of = {t: group for group in layout.split_groups for t in group}
         self._num_parts = Counter(self._group_of[p.tensor] for p in layout.parts if p.tensor in self._group_of)
@@ -96,7 +96,9 @@ class Assembly:
         self.num_bytes = 0
         for group in layout.split_groups:
             self.num_bytes = max(self.num_bytes, sum(aligned(layout.tensors[t].num_bytes) for t in group))
-        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8)  # zeros: its pages are there before the first refit
+        buffer = torch.zeros(
+            self.num_bytes, dtype=torch.uint8, device=device
+        )  # zeros: its pages are there before the first refit
         for group in layout.split_groups:
             offset = 0
             for t in group:

@@ -53,9 +53,8 @@ class Checker:
             name = piece.local_name
             if self._number[piece.hf_name] % message.num_shares != message.share or name in changed:
                 continue
-            sent = self._specs[piece.hf_name].dtype
-            if formats[name].dtype != sent:
-                unchecked[name] = f"sent as {sent}, kept as {formats[name].dtype}"
+            if self._is_cast(piece):
+                unchecked[name] = f"sent as {self._specs[piece.hf_name].dtype}, kept as {formats[name].dtype}"
                 continue
             pieces.append(piece)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
@@ -65,7 +64,7 @@ class Checker:
             if name in live and not live[name].numel():
                 unchecked[name] = UNSEEN
             elif name not in self._records:
-                unchecked[name] = f"{changed.get(name, NOT_SENT)}; {NO_RECORD}"
+                unchecked.setdefault(name, f"{changed.get(name, NOT_SENT)}; {NO_RECORD}")
         return Checked(
             attempt,
             boxes=[
@@ -76,10 +75,14 @@ class Checker:
             unchecked=unchecked,
         )
 
+    def _is_cast(self, piece: Piece) -> bool:
+        return self._placement.formats[piece.local_name].dtype != self._specs[piece.hf_name].dtype
+
     def _own(self, changed: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """Every engine tensor that holds more or other than what was loaded."""
-        live, placement = self._target.live(), self._placement
-        loaded = {piece.local_name for piece in placement.pieces} - changed.keys() - placement.unwritten().keys()
+        """Every engine tensor that holds more or other than what was sent."""
+        live, pieces = self._target.live(), self._placement.pieces
+        cast = {piece.local_name for piece in pieces if self._is_cast(piece)}
+        loaded = {piece.local_name for piece in pieces} - changed.keys() - self._placement.unwritten().keys() - cast
         # A name may be there no more: engines drop what they have repacked.
         return {name: live[name] for name in live if name not in loaded and name in live and live[name].numel()}
 

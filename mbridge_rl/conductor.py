@@ -408,8 +408,12 @@ class Conductor:
         """Say Goodbye to everyone and let the engine detach."""
         for route in self._peers:
             self.hub.send(route, Goodbye())
-        if self._is_attached and not self._calls.is_busy and self.engine.state is not EngineState.GONE:
-            self._calls.start(self.engine.detach)
-            self._calls.join(DETACH_S)
+        if self.engine.state is not EngineState.GONE:
+            self._calls.join(DETACH_S)  # a call under way must not meet those of the next connection
+            if self._calls.is_returned:
+                self._calls.take()
+            if self._is_attached and not self._calls.is_busy:
+                self._calls.start(self.engine.detach)
+                self._calls.join(DETACH_S)
         self._calls.close()
         self.hub.close()

@@ -48,6 +48,7 @@ class Lender:
         self._devices = {sources[name].device for name in self._names}
         self._read_pointers = pointers(sources, self._names)
         self._addresses: list[int] = []
+        self._stamp = transport.stamp()
         self._loan = self._lend()  # the last one
         self._unconfirmed: Loan | None = None  # sent in a refit that has not succeeded
         self.lends = Lends(
@@ -77,10 +78,13 @@ class Lender:
 
     def fill(self, bucket: int) -> Loan | None:
         """Finish this rank's writes to its parameters; where they are now, if they moved. Raises SyncError."""
-        if self._current() != self._addresses or not self._transport.is_current(self._loan.segments):
+        stamp = self._transport.stamp()
+        is_same = self._current() == self._addresses
+        if not (is_same and (stamp == self._stamp or self._transport.is_current(self._loan.segments))):
             loan = self._lend()
             if loan != self._loan:
                 self._unconfirmed = self._loan = loan
+        self._stamp = stamp
         for device in self._devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

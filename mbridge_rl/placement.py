@@ -63,11 +63,11 @@ class Placement:
 
 def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping[str, str]) -> Placement:
     """What a dry run tells. `tensors`: the parameters and buffers by engine name, as they were during the dry run."""
-    owners: dict[int, tuple[str, int]] = {}
+    homes: dict[int, dict[tuple[int, int], str]] = defaultdict(dict)  # storage -> first and last element -> its owner
     for name, tensor in tensors.items():
         if tensor.numel():
-            owners.setdefault(storage_key(tensor), (name, int(tensor.storage_offset())))
-    pieces, strays = engine_pieces(found, owners)
+            homes[storage_key(tensor)].setdefault(_span(_region_of(tensor)), name)  # tied ones are one
+    pieces, strays = _owned_pieces(found, homes)
     computed = {**found.opaque, **strays}
     written = found.by_destination()
     placement = Placement(
@@ -75,13 +75,13 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
         {name: Format.of(tensor) for name, tensor in tensors.items()},
         module_of,
         computed=frozenset(computed),
-        written=frozenset(owners[key][0] for key in written if key in owners),
+        written=frozenset(name for key in written for name in homes.get(key, {}).values()),
     )
     traced: set[str] = set()
     for key, names in written.items():
-        if key in owners:
+        for owner in homes.get(key, {}).values():
             for name in sorted(names & computed.keys()):
-                placement.opaque.setdefault(module_of[owners[key][0]], f"{name}: {computed[name]}")
+                placement.opaque.setdefault(module_of[owner], f"{name}: {computed[name]}")
             traced |= names
     found.writes.clear()  # told; they hold on to the storages of the dry run
     lost = sorted((computed.keys() - traced) | strays.keys())
@@ -91,6 +91,35 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
         for name in tensors.keys() - filled:
             placement.opaque.setdefault(module_of[name], f"{lost[0]} may go here: {computed[lost[0]]}")
     return placement
+
+
+def _owned_pieces(
+    found: DryRun, homes: Mapping[int, Mapping[tuple[int, int], str]]
+) -> tuple[list[Piece], dict[str, str]]:
+    """`engine_pieces`, also where several tensors are views of one storage: each piece lies in one of them."""
+    in_storages, strays = engine_pieces(found, {key: (str(key), 0) for key in homes})
+    pieces: list[Piece] = []
+    for piece in in_storages:
+        region = piece.region
+        low, high = _span(region)
+        spans = homes[int(piece.local_name)]
+        home = next((span for span in spans if span[0] <= low and high <= span[1]), None)
+        if home is None:
+            strays.setdefault(piece.hf_name, "it is copied to memory that no parameter holds alone")
+        else:
+            inside = Region(region.offset - home[0], region.shape, region.stride)
+            pieces.append(Piece(piece.hf_name, piece.box, spans[home], inside))
+    return [piece for piece in pieces if piece.hf_name not in strays], strays
+
+
+def _region_of(tensor: torch.Tensor) -> Region:
+    return Region(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+
+def _span(region: Region) -> tuple[int, int]:
+    """First and last element that `region` touches."""
+    steps = sum(max(n - 1, 0) * stride for n, stride in zip(region.shape, region.stride, strict=True))
+    return region.offset, region.offset + steps
 
 
 class Expected(NamedTuple):

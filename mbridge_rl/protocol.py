@@ -208,6 +208,7 @@ class Refit:
         if failure is not None:
             if failure.kind == "EngineGoneError":
                 self.state = EngineState.GONE
+            self._resume_on_failure |= call is EngineCall.RESUME  # it serves nothing while it is paused: once more
             return self.fail(failure, now)
         match call:
             case EngineCall.PAUSE:
@@ -263,7 +264,9 @@ class Refit:
             return f"{_names(self._missing)} to call sync()"
         waits = [f"{_names(peers)} to fill bucket {k}" for k, peers in sorted(self._filling.items()) if peers]
         waits += [f"{_names(peers)} to load bucket {k}" for k, peers in sorted(self._loading.items()) if peers]
-        if self._engine_busy is not None and self._engine_busy is not EngineCall.UPDATE:
+        if self.phase is Phase.CHECK:
+            waits.append(f"{_names(self._missing)} to send checksums")
+        elif self._engine_busy is not None and self._engine_busy is not EngineCall.UPDATE:
             waits.append(f"the engine to {self._engine_busy}")
         elif not waits:
             waits.append(f"{_names(self._missing) or 'the engine'} to finish")
@@ -344,6 +347,7 @@ class Refit:
         if not (self.phase is Phase.COMMIT and not self._missing and self._session_closed):
             return []
         self._enter_phase(Phase.RESUME, now)
+        self._resume_on_failure = False
         return [self._call(EngineCall.RESUME)]
 
     def fail(self, failure: Failure, now: float) -> list[Action]:

@@ -25,7 +25,7 @@ def compare(tensors: Sequence[TensorSpec], checked: Mapping[Peer, Checked]) -> V
     held: dict[int, Held] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     wrong: dict[str, str] = {}
     unchecked: dict[str, str] = {}
-    for peer, message in checked.items():
+    for peer, message in sorted(checked.items()):
         for number, total in message.totals.items():
             totals[number] += total
         for number, start, stop, engine_name, total in message.boxes:
@@ -36,7 +36,7 @@ def compare(tensors: Sequence[TensorSpec], checked: Mapping[Peer, Checked]) -> V
     for number, total in totals.items():
         spec = tensors[number]
         if number not in held:
-            unchecked[spec.name] = "the engine does not keep it as it is"
+            unchecked.setdefault(spec.name, "the engine does not keep it as it is")
             continue
         problem = _cover_problem(spec, held[number])
         if problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import pytest
@@ -13,6 +13,8 @@ from mbridge_rl.messages import (
     Abort,
     AnyMessage,
     Applied,
+    Check,
+    Checked,
     Commit,
     Committed,
     Done,
@@ -25,6 +27,7 @@ from mbridge_rl.messages import (
     Load,
     Loaded,
     Stats,
+    Verification,
 )
 from mbridge_rl.protocol import (
     Action,
@@ -375,6 +378,247 @@ def test_no_buckets() -> None:
     assert refit.receive(Peer("trainer", 0), Enter(1, 1), 0) == [Call(EngineCall.PAUSE)]
     assert refit.called(None, 0) == [Call(EngineCall.UPDATE)]
     assert refit.receive(Peer("worker", 0), Applied(1, 0.0, 0), 0) == [Send(Peer("worker", 0), Commit(1))]
+
+
+# --- refits that are checked, and those that only check ---------------------------------------------------------------
+
+CHECKS = {"checked": True, "verify only": False}  # -> moves
+
+
+class CheckedWorld(World):
+    """A refit with a Check. Workers apply and commit inside of the engine's CLOSE, as they really do."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        moves: bool = True,
+        wrong: dict[str, str] | None = None,
+        versions: tuple[int, ...] | None = None,
+        state: EngineState = EngineState.SERVING,
+    ) -> None:
+        super().__init__(seed, state, versions or ((8, 8) if moves else (7, 7)))
+        self.mute: Peer | None = None  # answers no Check
+        self.compared: list[Mapping[Peer, Checked]] = []
+        self.verification = Verification(3, 4, wrong or {}, {"y": "repacked"})
+        self.refit = Refit(
+            attempt=1,
+            last_version=7,
+            state=state,
+            num_trainers=TRAINERS,
+            num_workers=WORKERS,
+            num_buckets=BUCKETS,
+            deadline_s=DEADLINE_S,
+            now=self.now,
+            moves=moves,
+            check=(3, 16),
+            compare=self.compare,
+        )
+
+    def compare(self, checked: Mapping[Peer, Checked]) -> Verification:
+        self.compared.append(dict(checked))
+        return self.verification
+
+    def react(self, actions: list[Action]) -> None:
+        super().react(actions)
+        for action in actions:
+            if isinstance(action, Call) and action.call is EngineCall.UPDATE and not self.refit.moves:
+                self.events.append(self.returned)
+            if isinstance(action, Call) and action.call is EngineCall.CLOSE:
+                self.events = [event for event in self.events if event != self.returned]  # when all workers have left
+                for worker in ALL[TRAINERS:]:
+                    if worker not in self.dead | self.silent | self.left:
+                        self.post(worker, Applied(1, 0.1, 5))
+                self.close_if_left()
+
+    def answer(self, peer: Peer, message: AnyMessage) -> None:
+        match message:
+            case Load(bucket=bucket):
+                assert message.is_checked
+                self.loaded[peer] += 1
+                self.post(peer, Loaded(1, bucket, 0.25))
+                if set(self.loaded.values()) == {BUCKETS}:
+                    self.events.append(self.returned)
+            case Check() if peer == self.mute:
+                pass
+            case Check(share=share, num_shares=num_shares):
+                assert (share, num_shares) == (3, 16)
+                self.post(peer, Checked(1, totals={0: peer.index}))
+            case Commit():
+                self.post(peer, Committed(1))
+                self.leave(peer)
+            case Abort() if peer.role == "worker":
+                self.leave(peer)
+            case Fill():
+                super().answer(peer, message)
+
+    def leave(self, peer: Peer) -> None:
+        self.left.add(peer)
+        if EngineCall.CLOSE in self.calls:
+            self.close_if_left()
+        elif EngineCall.UPDATE in self.calls and self.is_calling and self.refit.engine_call is EngineCall.UPDATE:
+            self.events.append(self.returned)  # a worker that gives up ends the call
+
+    def close_if_left(self) -> None:
+        busy = self.refit.engine_call is EngineCall.CLOSE and self.returned not in self.events
+        if busy and self.left | self.dead >= set(ALL[TRAINERS:]) and EngineCall.CLOSE not in self.silent:
+            self.events.append(self.returned)
+
+    def returned(self, failure: Failure | None = None) -> list[Action]:
+        return super().returned(failure) if self.is_calling else []
+
+
+@pytest.mark.parametrize("moves", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("seed", range(20))
+def test_a_check_comes_between_all_writes_and_the_commit(seed: int, moves: bool) -> None:
+    world = CheckedWorld(seed, moves=moves)
+    world.run()
+    refit = world.refit
+    version = 8 if moves else 7
+    assert (refit.phase, refit.state, refit.version, refit.failure) == (
+        Phase.DONE,
+        EngineState.SERVING,
+        version,
+        None,
+    )
+    assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE, EngineCall.RESUME]
+    assert len(world.sent(Fill)) == (TRAINERS * BUCKETS if moves else 0)
+    assert len(world.sent(Load)) == (WORKERS * BUCKETS if moves else 0)
+    assert sorted(world.sent(Check)) == ALL
+    assert sorted(world.sent(Commit)) == ALL[TRAINERS:]
+    assert world.compared == [{peer: Checked(1, totals={0: peer.index}) for peer in ALL}]
+    assert refit.verification == world.verification
+    kinds = [type(action.message) for action in world.log if isinstance(action, Send)]
+    assert kinds.index(Commit) > max(i for i, kind in enumerate(kinds) if kind is Check)
+    if moves:
+        assert kinds.index(Check) > max(i for i, kind in enumerate(kinds) if kind is Load)
+    phases = [Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT, Phase.RESUME, Phase.DONE]
+    times = [refit.started[phase] for phase in phases]
+    assert times == sorted(times)
+
+
+def test_what_is_wrong_fails_a_refit_before_its_commit() -> None:
+    for seed in range(10):
+        world = CheckedWorld(seed, wrong={"w": "other values", "x": "too"})
+        world.run()
+        refit = world.refit
+        assert (refit.phase, refit.state) == (Phase.FAILED, EngineState.STALE)
+        text = "2 tensors of the engine are wrong after the refit, such as w: other values"
+        assert refit.failure == Failure("VerifyError", text, phase="check", tensor="w")
+        assert world.sent(Commit) == []
+        assert sorted(world.sent(Abort)) == ALL
+        assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE]  # it stays paused
+
+
+def test_what_is_wrong_is_only_reported_if_nothing_moved() -> None:
+    for seed in range(10):
+        world = CheckedWorld(seed, moves=False, wrong={"w": "other values"})
+        world.run()
+        refit = world.refit
+        assert (refit.phase, refit.state, refit.failure) == (Phase.DONE, EngineState.SERVING, None)
+        assert refit.verification is not None
+        assert refit.verification.wrong == {"w": "other values"}
+        assert world.calls[-1] is EngineCall.RESUME
+        assert world.sent(Abort) == []
+
+
+@pytest.mark.parametrize("moves", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("injection", INJECTIONS)
+def test_any_failure_at_any_moment_of_a_checked_refit(injection: str, moves: bool) -> None:
+    seen: set[Phase] = set()
+    for moment in range(CheckedWorld(1, moves=moves).num_steps()):
+        world = CheckedWorld(1, moves=moves)
+        for _ in range(moment):
+            world.step()
+        before = world.refit.phase
+        seen.add(before)
+        world.react(INJECTIONS[injection](world))
+        if "worker dies" in injection:
+            world.close_if_left()
+        world.run()
+        refit, where = world.refit, f"{injection} at step {moment} in {before}"
+        if refit.phase is Phase.DONE:  # it was too late to matter
+            assert refit.state is EngineState.SERVING
+            assert before in (Phase.COMMIT, Phase.RESUME) or "stalls" in injection, where
+            continue
+        assert refit.phase is Phase.FAILED, where
+        assert refit.failure is not None, where
+        assert refit.version == 7 or moves, where
+        assert sorted(world.sent(Abort)) == ALL, where
+        if refit.state is EngineState.SERVING:
+            assert not moves or EngineCall.UPDATE not in world.calls, where
+            assert world.calls.count(EngineCall.RESUME) == world.calls.count(EngineCall.PAUSE), where
+        elif refit.state is EngineState.STALE:
+            assert moves, where  # nothing was written
+        else:
+            assert "worker" in injection, where
+        if EngineCall.UPDATE in world.calls and refit.state is not EngineState.GONE:
+            assert EngineCall.CLOSE in world.calls, where
+    assert {Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT} <= seen
+
+
+def in_check(moves: bool) -> CheckedWorld:
+    world = CheckedWorld(moves=moves)
+    while world.refit.phase is not Phase.CHECK:
+        assert world.step()
+    return world
+
+
+@pytest.mark.parametrize("moves", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("peer", [TRAINER, WORKER])
+def test_who_sends_no_checksums_is_named(peer: Peer, moves: bool) -> None:
+    world = CheckedWorld(moves=moves)
+    world.mute = peer
+    world.run()
+    assert world.refit.failure is not None
+    text = f"nothing happened for 100 s while waiting for {peer} to send checksums"
+    assert world.refit.failure == Failure("DeadlineError", text, "trainer rank 0", "check")
+    assert world.refit.state is (EngineState.STALE if moves else EngineState.SERVING)
+
+
+@pytest.mark.parametrize("call", list(EngineCall))
+def test_an_engine_call_that_raises_in_a_verification(call: EngineCall) -> None:
+    world = CheckedWorld(moves=False)
+    world.silent.add(call)
+    while world.calls[-1:] != [call]:
+        assert world.step()
+    world.silent.discard(call)
+    world.events = [event for event in world.events if event != world.returned]
+    world.react(world.returned(Failure("EngineLoadError", "moody")))
+    world.run()
+    assert (world.refit.phase, world.refit.state) == (Phase.FAILED, EngineState.SERVING)
+    assert world.calls[-1] is EngineCall.RESUME
+    assert world.calls.count(EngineCall.RESUME) == (2 if call is EngineCall.RESUME else 1)  # paused, it serves nothing
+
+
+@pytest.mark.parametrize("moves", CHECKS.values(), ids=CHECKS)
+def test_a_peer_that_cannot_make_its_checksums(moves: bool) -> None:
+    for peer in (TRAINER, WORKER):
+        world = in_check(moves)
+        world.react(failed(peer)(world))
+        world.run()
+        assert world.refit.failure is not None
+        assert world.refit.failure.tensor == "x"
+        assert world.refit.state is (EngineState.STALE if moves else EngineState.SERVING)
+        assert (world.calls[-1] is EngineCall.RESUME) == (not moves)
+        assert world.compared == []
+
+
+def test_a_second_answer_to_a_check_is_an_error() -> None:
+    world = in_check(moves=True)
+    world.react(world.refit.receive(TRAINER, Checked(1), world.now))
+    world.react(world.refit.receive(TRAINER, Checked(1), world.now))
+    assert world.refit.failure is not None
+    assert world.refit.failure.kind == "ProtocolError"
+    assert "trainer rank 1 sent Checked in phase check" in world.refit.failure.message
+
+
+def test_a_verification_is_of_the_version_that_the_engine_has() -> None:
+    world = CheckedWorld(moves=False, versions=(7, 6))
+    world.run()
+    assert world.refit.failure is not None
+    assert world.refit.failure.kind == "VersionError"
+    assert (world.refit.state, world.calls) == (EngineState.SERVING, [])
 
 
 def test_messages_survive_the_wire() -> None:
