@@ -13,7 +13,7 @@ import torch
 from mbridge.pieces import Box, Piece, Region
 
 from .buckets import Layout
-from .checksum import checksums
+from .checksum import BITS, checksums
 from .errors import EngineError
 from .messages import Check, Checked
 from .placement import Placement
@@ -87,7 +87,11 @@ class Checker:
         return {name: live[name] for name in live if name not in loaded and name in live and live[name].numel()}
 
     def _own_checksums(self, changed: Mapping[str, str]) -> dict[str, int]:
-        own = {name: tensor for name, tensor in self._own(changed).items() if tensor.is_contiguous()}
+        own = {name: tensor for name, tensor in self._own(changed).items() if _has_checksum(tensor)}
         pieces = [Piece(n, Box.whole(t.shape), n, Region.contiguous(t.shape)) for n, t in own.items()]
         totals = checksums(pieces, {n: tuple(t.shape) for n, t in own.items()}, own)
         return dict(zip(own, totals, strict=True))
+
+
+def _has_checksum(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and tensor.is_contiguous() and tensor.dtype.itemsize in BITS

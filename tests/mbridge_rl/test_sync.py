@@ -244,7 +244,7 @@ def killed_trainer(rank: int, num_ranks: int, victim: int) -> Any:
     if rank == 0:
         assert engine is not None
         assert engine.state is EngineState.STALE
-        with pytest.raises(EngineStaleError, match="rank 1 died"):
+        with pytest.raises(EngineStaleError, match=r"rank 1 (died|has no connection any more)"):
             engine.check_serving()
         assert engine.calls[-3:] == ["pause wait", "update", "close_session"]  # and no resume
         assert engine.status() == [(1, True)] * 2

@@ -303,6 +303,32 @@ def test_an_engine_tensor_with_gaps(path: PathChoice) -> None:
             assert "not contiguous" in report.verification.unchecked["a"]
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_tensors_of_any_kind_beside_those_that_are_loaded(path: PathChoice) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("a", torch.zeros(3))
+    own = {
+        "flag": torch.tensor([True, False]),
+        "count": torch.tensor(3),
+        "waves": torch.ones(2, dtype=torch.complex64),
+        "wide": torch.ones(2, dtype=torch.complex128),
+        "gaps": torch.ones(3, 2).t(),
+        "later": torch.ones(2, device="meta"),
+        "empty": torch.ones(0),
+    }
+    for name, tensor in own.items():
+        module.register_buffer(name, tensor, persistent=False)
+    with Spy(WholeBridge({"a": torch.randn(3)}), ModuleEngine(module), path=path) as sync:
+        report = sync.sync(verify="full").verification
+        assert report is not None and report.ok
+        assert report.unchecked == dict.fromkeys(("wide", "gaps", "later"), f"{NOT_SENT}; {NO_RECORD}")
+        for name in ("flag", "count", "waves"):
+            flip(module.get_buffer(name))
+            assert sync.verify().wrong.keys() == {name}
+            flip(module.get_buffer(name))
+        assert sync.verify().ok
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -316,21 +342,27 @@ def outcome_of(call: Any) -> tuple[str, str]:
     return "", ""
 
 
-def several(rank: int, num_ranks: int, path: PathChoice) -> dict[str, Any]:
+def several(rank: int, num_ranks: int) -> list[dict[str, Any]]:
     engine = ProcessEngine(shapes(), 2) if rank == 0 else None
+    return [along(path, rank, num_ranks, engine) for path in PATHS]
+
+
+def along(path: PathChoice, rank: int, num_ranks: int, engine: ProcessEngine | None) -> dict[str, Any]:
     bridge = FakeBridge(weights(1), rank, num_ranks, groups=GROUPS)
     told: dict[str, Any] = {}
     with Spy(bridge, engine, path=path) as sync:
         told["never synced"] = outcome_of(sync.verify)
+        first = sync.version + 1
+        overwrite(bridge, weights(first))
         sync.sync()
         told["never checked"] = outcome_of(sync.verify)
         if engine is not None:
             engine.check_serving()
-            assert_holds(engine, 1)
-        overwrite(bridge, weights(2))
+            assert_holds(engine, first)
+        overwrite(bridge, weights(first + 1))
         told["good"] = sync.sync(verify="full").verification
         if engine is not None:
-            assert_holds(engine, 2)
+            assert_holds(engine, first + 1)
             bias = engine.tensors()[1]["layers.0.bias"]  # 7 rows: both workers hold it whole
             flip(bias, 3)
             engine.set(1, **{"layers/0/bias": bias})
@@ -338,7 +370,7 @@ def several(rank: int, num_ranks: int, path: PathChoice) -> dict[str, Any]:
             flip(head, 3)
             engine.set(1, head=head)
         told["flipped"] = sync.verify()
-        overwrite(bridge, weights(3))
+        overwrite(bridge, weights(first + 2))
         sync.sync(verify="full")
         if rank == 1:
             flip(bridge.local["local.embed"])
@@ -353,7 +385,7 @@ def several(rank: int, num_ranks: int, path: PathChoice) -> dict[str, Any]:
         told["failed"] = outcome_of(sync.verify)
         if engine is not None:
             engine.check_serving()
-            assert_holds(engine, 3)
+            assert_holds(engine, first + 2)
         told["failed sync"] = outcome_of(lambda: sync.sync(verify="full"))
         told["stale"] = outcome_of(sync.verify)
         if engine is not None:
@@ -362,18 +394,20 @@ def several(rank: int, num_ranks: int, path: PathChoice) -> dict[str, Any]:
         told["repaired"] = sync.sync(verify="full").verification
         if engine is not None:
             engine.check_serving()
-            assert torch.equal(engine.tensors()[1]["head"], weights(3)["head"][25:])
+            assert torch.equal(engine.tensors()[1]["head"], weights(first + 2)["head"][25:])
         told["last"] = sync.verify()
     return told
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_two_ranks_and_two_workers(tmp_path: Path, path: PathChoice) -> None:
-    outcomes = run_ranks(2, tmp_path, several, path)
+def test_two_ranks_and_two_workers(tmp_path: Path) -> None:
+    outcomes = run_ranks(2, tmp_path, several)
     assert errors(outcomes) == [None, None]
-    told = outcomes[0].value
-    for key, value in outcomes[1].value.items():
-        assert value == told[key], key  # every rank hears the same
+    for path, told, elsewhere in zip(PATHS, *(outcome.value for outcome in outcomes), strict=True):
+        assert elsewhere == told  # every rank hears the same
+        assert_told(path, told)
+
+
+def assert_told(path: PathChoice, told: dict[str, Any]) -> None:
     assert told["never synced"] == (EngineError.__name__, told["never synced"][1])
     assert NOT_KNOWN in told["never synced"][1]
     assert (told["never checked"][0] == "EngineError") == (path == "bucket")
