@@ -45,12 +45,13 @@ class Borrower:
 
     def update(self, loans: Mapping[int, Loan]) -> bool:
         """Follow memory that has moved. Returns whether any has."""
-        if not loans:
-            return False
         strangers = loans.keys() - self._loans.keys()
         if strangers:
             raise ProtocolError(f"trainer rank {min(strangers)} lends memory, but is none that lent at first")
-        self._loans |= loans
+        moved = {rank: loan for rank, loan in loans.items() if loan != self._loans[rank]}
+        if not moved:
+            return False
+        self._loans |= moved
         self._map()
         return True
 

@@ -1,5 +1,8 @@
-"""The bucket path in an engine worker: whole HF tensors come through shared slots, and the engine's own loader takes
-them."""
+"""The bucket path in an engine worker: whole HF tensors come through shared slots, and the engine's loader takes them.
+
+All modules are reloaded, until a refit has shown which the engine keeps as they were loaded: those are then loaded in
+place. (A reload keeps a layer's tensors until they are all there: of a large MoE layer, many gigabytes.)
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ import torch
 from mbridge.pieces import Piece
 
 from .buckets import Layout, Part, aligned, part_view
+from .learning import learn
 from .loading import check_loaded, guarded, load
 from .messages import Load
-from .placement import Expected, compare_in_place, expected_of_tensors
+from .placement import Expected, expected_of_tensors
 from .target import Examined, Target
 
 
@@ -31,11 +35,11 @@ class BucketPath:
 
     def __init__(self, layout: Layout, target: Target, examined: Examined, slots: Slots) -> None:
         self.reloaded: list[str] = []  # of interest on the direct path only
-        self.reasons: dict[str, str] = {}
         self.num_buckets = layout.num_buckets
         self.changed: dict[str, str] | None = None
-        """Engine name -> why it does not hold what was loaded as it was loaded; None until a refit is checked."""
+        """Engine name -> why it does not hold what was loaded as it was loaded; None until a refit has shown it."""
         self._expected: list[Expected] | None = None
+        self._modules: frozenset[str] | None = None  # that need the engine's reload; None: all
         self._target, self._slots = target, slots
         self._found, self._placement = examined.found, examined.placement
         self._shapes = {spec.name: spec.shape for spec in layout.tensors}
@@ -51,16 +55,22 @@ class BucketPath:
             self._pieces.setdefault(piece.hf_name, []).append(piece)
 
     @property
+    def reasons(self) -> dict[str, str]:
+        """Engine module -> why its loader cannot simply write into it, as far as that is known."""
+        return self._placement.opaque
+
+    @property
     def extra_bytes(self) -> int:
         return self._assembly.num_bytes + self._target.kept_bytes
 
     def begin(self) -> None:
         self._assembly.restart()
         self._loaded, self._expected = set(), None
-        guarded(self._target.begin, "begin the update")
+        guarded(lambda: self._target.begin(self._modules), "begin the update")
 
     def apply(self, message: Load) -> None:
-        if message.is_checked and message.bucket == 0 and self.changed is None:
+        # On a CPU engines repack nearly everything, and checksums take seconds: only if they are asked for.
+        if message.bucket == 0 and self.changed is None and (message.is_checked or self._target.device.type != "cpu"):
             self._expected = []
         tensors = self._assembly.ready(self._program[message.bucket])
         if self._expected is not None:
@@ -74,7 +84,8 @@ class BucketPath:
         check_loaded(self._loaded, self._found.loaded)
         guarded(self._target.finish, "finish the update")
         if self._expected is not None:
-            self.changed = compare_in_place(self._expected, self._target.live(), self._placement.formats, self._shapes)
+            self.changed = learn(self._target, self._placement, self._expected, self._shapes)
+            self._modules = frozenset(self._placement.opaque)
 
     def close(self) -> None:
         self._program.clear()
@@ -96,9 +107,8 @@ class Assembly:
         self.num_bytes = 0
         for group in layout.split_groups:
             self.num_bytes = max(self.num_bytes, sum(aligned(layout.tensors[t].num_bytes) for t in group))
-        buffer = torch.zeros(
-            self.num_bytes, dtype=torch.uint8, device=device
-        )  # zeros: its pages are there before the first refit
+        # Zeros: its pages are there before the first refit.
+        buffer = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
         for group in layout.split_groups:
             offset = 0
             for t in group:

@@ -54,12 +54,22 @@ from .messages import (
     SetUp,
     Stats,
 )
-from .protocol import Action, Call, EngineCall, EngineState, Peer, Phase, Refit
+from .protocol import (
+    NUM_DIRECT_STEPS,
+    NUM_SLOTS_IN_FLIGHT,
+    Action,
+    Call,
+    EngineCall,
+    EngineState,
+    Peer,
+    Phase,
+    Refit,
+)
 from .source import Source
 from .verification import compare
 
 ME = Peer("trainer", 0)
-ORDER = (Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT, Phase.RESUME, Phase.DONE)
+ORDER = (Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT, Phase.RESUME, Phase.SETTLE, Phase.DONE)
 ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
 DETACH_S = 5.0
 BEAT_S = 5.0  # how often the others hear that rank 0 still waits; a quarter of the deadline if that is less
@@ -85,7 +95,7 @@ class Conductor:
         self._tensors = tuple(tensors)
         self._num_trainers, self._deadline_s = num_trainers, deadline_s
         self._in_flight, self._reset_prefix_cache = in_flight, reset_prefix_cache
-        self._num_workers = self._num_buckets = self._version = 0
+        self._num_workers = self._num_buckets = self._num_in_flight = self._version = 0
         self._is_attached = False
         self._routes: dict[Peer, bytes] = {}
         self._peers: dict[bytes, Peer] = {}
@@ -106,7 +116,10 @@ class Conductor:
         If `set_up` holds what rank 0 lends, what the other ranks lend is waited for first.
         """
         self._copy_limit_gb_s = copy_limit_gb_s
-        self._num_buckets = 1 if set_up.lends else set_up.num_buckets  # see protocol.py: the direct path has one
+        if set_up.lends:
+            self._num_buckets, self._num_in_flight = NUM_DIRECT_STEPS, 1
+        else:
+            self._num_buckets, self._num_in_flight = set_up.num_buckets, NUM_SLOTS_IN_FLIGHT
         answer: Connected | Abort
         try:
             if set_up.lends:
@@ -257,6 +270,7 @@ class Conductor:
             num_buckets=self._num_buckets,
             deadline_s=self._deadline_s,
             now=time.monotonic(),
+            num_in_flight=self._num_in_flight,
             moves=moves,
             check=check,
             compare=partial(compare, self._tensors),

@@ -8,6 +8,7 @@ modules go through the engine's own loading at each refit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -16,20 +17,23 @@ from mbridge.pieces import Copy, join
 from .borrower import Borrower
 from .buckets import Layout
 from .copy_plan import CopyTable, Executor, executor_for
-from .errors import PlanMismatchError
+from .errors import PlanMismatchError, SyncError
+from .learning import learn
 from .loading import check_loaded, guarded, load
 from .messages import Lends, Load
-from .placement import compare_in_place, constant_modules, expected_of_copies
+from .placement import expected_of_copies
+from .protocol import NUM_DIRECT_STEPS
 from .target import Examined, Target
 from .transports.base import Transport
 
-CONSTANT = "all its values are equal, so that what happens to them after loading cannot be seen"
-
 
 class DirectPath:
-    """One refit after the other, each in one step ("bucket" 0)."""
+    """One refit after the other, in two steps ("buckets").
 
-    num_buckets = 1
+    Step 0 copies from where the trainers' memory was when it was last looked at; step 1 again, if it has moved since.
+    """
+
+    num_buckets = NUM_DIRECT_STEPS
 
     def __init__(
         self, layout: Layout, target: Target, examined: Examined, lends: Sequence[Lends], transport: type[Transport]
@@ -49,8 +53,8 @@ class DirectPath:
         self._destinations: list[str] = []
         self._bound: list[int] = []  # addresses of the engine's tensors in the table
         try:
-            self._copies = self._join()
-        except PlanMismatchError:
+            self._copies = guarded(self._join, "be joined with what the trainers lend")
+        except SyncError:
             self._borrower.close()
             raise
 
@@ -67,11 +71,18 @@ class DirectPath:
         """The engine's update begins when the trainers' memory is complete, in `apply`."""
 
     def apply(self, message: Load) -> None:
-        moved = self._borrower.update(message.loans)
+        moved = guarded(lambda: self._borrower.update(message.loans), "map the trainers' memory")
+        is_first_step = message.bucket == 0
         if self._executor is None:
-            self._load_everything()
-        else:
-            self._replay(self._executor, moved)
+            if not is_first_step:
+                self._load_everything()
+            return
+        if is_first_step:
+            guarded(lambda: self._target.begin(self._modules), "begin the update")
+        if is_first_step or moved:
+            guarded(partial(self._copy, self._executor, moved), "be written directly")
+        if not is_first_step:
+            self._reload_opaque()
 
     def finish(self) -> None:
         guarded(self._target.finish, "finish the update")
@@ -89,14 +100,15 @@ class DirectPath:
         check_loaded(load(self._target, self._borrower.whole()), self._found.loaded)
         self.reloaded = list(self._shapes)
 
-    def _replay(self, executor: Executor, moved: bool) -> None:
-        guarded(lambda: self._target.begin(self._modules), "begin the update")
+    def _copy(self, executor: Executor, moved: bool) -> None:
         live = self._target.live()
         addresses = [live[name].data_ptr() for name in self._destinations]
         if moved or addresses != self._bound:
             executor.bind(self._borrower.tensors, {name: live[name] for name in self._destinations})
             self._bound = addresses
         executor.run()
+
+    def _reload_opaque(self) -> None:
         self.reloaded = self._next_reloaded
         if self.reloaded:
             loaded = load(self._target, self._borrower.whole(self.reloaded))
@@ -104,22 +116,10 @@ class DirectPath:
             self._reloaded_engine_names = loaded
 
     def _learn(self) -> None:
-        """After the first refit: which modules can be written directly from now on."""
-        placement, sources, live = self._placement, self._borrower.tensors, self._target.live()
+        """After the first refit: make the table of what can be written directly from now on."""
+        placement, sources = self._placement, self._borrower.tensors
         expected = expected_of_copies(self._copies, sources, placement.formats, self._shapes)
-        self.changed = compare_in_place(expected, live, placement.formats, self._shapes)
-        for name, reason in self.changed.items():
-            placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
-        written_modules = {placement.module_of[name] for name in placement.written}
-        for module, reason in self._target.remade().items():
-            if module in written_modules:
-                placement.opaque.setdefault(module, reason)
-        for name in {piece.local_name for piece in placement.pieces}:
-            if name in live and not live[name].is_contiguous():
-                placement.opaque.setdefault(placement.module_of[name], f"{name}: kept with gaps")
-        hooked = self._target.processed_modules() - placement.opaque.keys()
-        for module in constant_modules(self._copies, sources, placement.module_of, hooked):
-            placement.opaque[module] = CONSTANT
+        self.changed = learn(self._target, placement, expected, self._shapes)
         reloaded = placement.reloaded_names()
         self._next_reloaded = [spec.name for spec in self._layout.tensors if spec.name in reloaded]
         self._modules = frozenset(placement.opaque)
@@ -130,11 +130,7 @@ class DirectPath:
             {name: tensor.dtype for name, tensor in sources.items()},
             {name: placement.formats[name].dtype for name in self._destinations},
         )
-        executor = executor_for(table, self._target.device)
-        executor.bind(sources, {name: live[name] for name in self._destinations})
-        self._bound = [live[name].data_ptr() for name in self._destinations]
-        self._executor = executor
-        self._copies = []
+        self._executor, self._bound, self._copies = executor_for(table, self._target.device), [], []
         if self._target.device.type == "cuda":
             torch.cuda.empty_cache()  # what the engine's loader needed in this refit is not needed again
 

@@ -49,6 +49,7 @@ class Lender:
         self._read_pointers = pointers(sources, self._names)
         self._addresses: list[int] = []
         self._stamp = transport.stamp()
+        self._is_looked_at = False  # in this refit, in step 0
         self._loan = self._lend()  # the last one
         self._unconfirmed: Loan | None = None  # sent in a refit that has not succeeded
         self.lends = Lends(
@@ -77,18 +78,33 @@ class Lender:
             self._sources, self._read_pointers = sources, pointers(sources, self._names)
 
     def fill(self, bucket: int) -> Loan | None:
-        """Finish this rank's writes to its parameters; where they are now, if they moved. Raises SyncError."""
+        """Step 0: finish this rank's writes to its parameters. Where they are now, if they moved. Raises SyncError.
+
+        If nothing that is lent was freed, workers may read it, and thousands of parameters are looked at while they do
+        (step 1): to find one that is somewhere else now is rare, and costs another copy.
+        """
         stamp = self._transport.stamp()
+        if bucket > 0:
+            known = self._unconfirmed
+            if not self._is_looked_at:
+                self._look(stamp)
+            return None if self._unconfirmed is known else self._unconfirmed
+        self._is_looked_at = stamp != self._stamp
+        if self._is_looked_at:
+            self._look(stamp)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return self._unconfirmed
+
+    def _look(self, stamp: object) -> None:
+        """Lend anew if something moved."""
         is_same = self._current() == self._addresses
         if not (is_same and (stamp == self._stamp or self._transport.is_current(self._loan.segments))):
             loan = self._lend()
             if loan != self._loan:
                 self._unconfirmed = self._loan = loan
         self._stamp = stamp
-        for device in self._devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        return self._unconfirmed
 
     def end(self, *, succeeded: bool) -> None:
         """The refit is over. Whether the workers have heard of what moved is sure only if it succeeded."""

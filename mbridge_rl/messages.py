@@ -107,7 +107,14 @@ class Checked(Message, frozen=True):
 
 
 class Committed(Message, frozen=True):
-    """The worker got Commit and leaves the refit."""
+    """The worker got Commit. If its device still copies, in an order that engine steps keep to, Settled follows."""
+
+    attempt: int
+    is_settled: bool
+
+
+class Settled(Message, frozen=True):
+    """The worker's device has read all that it reads of the trainers' memory."""
 
     attempt: int
 
@@ -223,6 +230,7 @@ AnyMessage = (
     | Applied
     | Checked
     | Committed
+    | Settled
     | Failed
     | Goodbye
     | SetUp

@@ -182,29 +182,6 @@ def compare_in_place(
     return reasons
 
 
-def constant_modules(
-    copies: Sequence[Copy], sources: Mapping[str, torch.Tensor], module_of: Mapping[str, str], modules: set[str]
-) -> set[str]:
-    """Those of `modules` all of whose tensors are constant: of them a comparison of values tells nothing."""
-    by_module: dict[str, list[Copy]] = defaultdict(list)
-    for copy in copies:
-        module = module_of[copy.destination_name]
-        if module in modules:
-            by_module[module].append(copy)
-    return {
-        module
-        for module, own in by_module.items()
-        if all(_is_constant(c.source.of(sources[c.source_name])) for c in sorted(own, key=lambda c: -c.box.numel))
-    }
-
-
-def _is_constant(tensor: torch.Tensor) -> bool:
-    if tensor.numel() < 2:
-        return True
-    first = tensor[(0,) * tensor.dim()]
-    return bool((tensor == first).all())
-
-
 def _destination(copy: Copy) -> Piece:
     return Piece(copy.hf_name, copy.box, copy.destination_name, copy.destination)
 

@@ -5,10 +5,12 @@ One refit, seen from rank 0 (peers are trainer ranks, itself included, and engin
     ENTER   every trainer sends Enter; versions must agree and grow
     PAUSE   the engine pauses, while trainers already fill the first buckets
     STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked. On the
-            direct path there is one bucket: the trainers' own memory, which the workers read
+            direct path there are two: the trainers' own memory, and what of it turns out to have moved
     CHECK   if asked for: Check -> Checked, everyone's checksums, which must agree
     COMMIT  Commit to the workers
-    RESUME  the engine publishes the version and serves again; Done to the trainers
+    RESUME  the engine publishes the version and serves again
+    SETTLE  devices that still copy end: the engine's steps come after the copies in their streams, so it may serve
+            before, but the trainers may not change their weights; then Done to the trainers
     DONE
 
 Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written,
@@ -43,10 +45,12 @@ from .messages import (
     Load,
     Loaded,
     Loan,
+    Settled,
     Verification,
 )
 
 NUM_SLOTS_IN_FLIGHT = 2
+NUM_DIRECT_STEPS = 2  # "buckets" of the direct path, one after the other
 DRAIN_S = 10.0  # how long a failing refit waits for the engine's own calls to come back
 REPORT_S = 2.0  # how long after the engine's last call its workers' last messages may arrive
 
@@ -69,6 +73,7 @@ class Phase(enum.StrEnum):
     CHECK = "check"
     COMMIT = "commit"
     RESUME = "resume"
+    SETTLE = "settle"
     FAILING = "failing"
     DONE = "done"
     FAILED = "failed"
@@ -117,6 +122,7 @@ class Refit:
         num_buckets: int,
         deadline_s: float,
         now: float,
+        num_in_flight: int = NUM_SLOTS_IN_FLIGHT,
         moves: bool = True,
         check: tuple[int, int] | None = None,
         compare: Compare | None = None,
@@ -148,6 +154,9 @@ class Refit:
         self._resume_on_failure = False
         self._session_open = False  # UPDATE has been called and CLOSE has not
         self._session_closed = False
+        self._resumed = False
+        self._settling: set[Peer] = set()  # workers whose device still copies
+        self._num_in_flight = num_in_flight
         self._deadline = now + deadline_s
 
     @property
@@ -181,14 +190,19 @@ class Refit:
             case Loaded(bucket=bucket) if peer in self._loading.get(bucket, ()):
                 self.load_s[peer.index] += message.seconds
                 self._loading[bucket].discard(peer)
-                return self._fill(bucket + NUM_SLOTS_IN_FLIGHT) if not self._loading[bucket] else []
+                return self._fill(bucket + self._num_in_flight) if not self._loading[bucket] else []
             case Applied() if self.phase is Phase.STREAM and peer in self._missing:
                 return self._applied(peer, message, now)
             case Checked() if self.phase is Phase.CHECK and peer in self._missing:
                 return self._note_checked(peer, message, now)
             case Committed() if self.phase is Phase.COMMIT and peer in self._missing:
                 self._missing.discard(peer)
+                if not message.is_settled:
+                    self._settling.add(peer)
                 return self._resume_if_committed(now)
+            case Settled() if peer in self._settling:
+                self._settling.discard(peer)
+                return self._end_if_settled(now)
             case Failed(failure=failure):
                 return self.fail(failure, now)
             case Goodbye():
@@ -227,9 +241,8 @@ class Refit:
                 self._deadline = now + min(self._deadline_s, REPORT_S)
                 return self._resume_if_committed(now)
             case _:
-                self._enter_phase(Phase.DONE, now)
-                self.state = EngineState.SERVING
-                return []
+                self._resumed = True
+                return self._end_if_settled(now)
 
     def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
         """A peer's process is gone."""
@@ -243,7 +256,7 @@ class Refit:
         self.lost_peer = self.lost_peer or failure
         if self.phase is Phase.FAILING and peer.role == "worker":
             return self._end(now)  # its calls will not come back
-        if peer.role == "trainer" and self.phase in (Phase.COMMIT, Phase.RESUME):
+        if peer.role == "trainer" and self.phase in (Phase.COMMIT, Phase.RESUME, Phase.SETTLE):
             return []  # it has done its part: this refit commits, the next one fails
         return self.fail(failure, now)
 
@@ -269,7 +282,7 @@ class Refit:
         elif self._engine_busy is not None and self._engine_busy is not EngineCall.UPDATE:
             waits.append(f"the engine to {self._engine_busy}")
         elif not waits:
-            waits.append(f"{_names(self._missing) or 'the engine'} to finish")
+            waits.append(f"{_names(self._missing or self._settling) or 'the engine'} to finish")
         return ", ".join(waits)
 
     @property
@@ -293,7 +306,7 @@ class Refit:
         self.version = version
         self._enter_phase(Phase.PAUSE, now)
         self._resume_on_failure = self.state is EngineState.SERVING
-        fills = [action for k in range(NUM_SLOTS_IN_FLIGHT) for action in self._fill(k)]
+        fills = [action for k in range(self._num_in_flight) for action in self._fill(k)]
         return [self._call(EngineCall.PAUSE), *fills]
 
     def _fill(self, bucket: int) -> list[Action]:
@@ -349,6 +362,16 @@ class Refit:
         self._enter_phase(Phase.RESUME, now)
         self._resume_on_failure = False
         return [self._call(EngineCall.RESUME)]
+
+    def _end_if_settled(self, now: float) -> list[Action]:
+        if not self._resumed:
+            return []
+        if self._settling:
+            self._enter_phase(Phase.SETTLE, now)
+            return []
+        self._enter_phase(Phase.DONE, now)
+        self.state = EngineState.SERVING
+        return []
 
     def fail(self, failure: Failure, now: float) -> list[Action]:
         """Fail, also for a reason from outside."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -36,6 +38,7 @@ from .messages import (
     Load,
     Loaded,
     Message,
+    Settled,
     SetUp,
 )
 from .target import Target
@@ -103,6 +106,7 @@ class Receiver:
         self._session: _Session | None = None
         self._session_open = False  # the engine's own update session: between open_session and close_session
         self._running: _Running | None = None  # between run and close_session
+        self._settling: threading.Thread | None = None  # tells rank 0 when the device has copied
 
     # --- called by the engine's entry points -------------------------------------------------------------------------
 
@@ -130,6 +134,7 @@ class Receiver:
 
     def run(self, attempt: int, version: int, moves: bool) -> None:
         """The engine's "update" call: start all that writes weights. If nothing moves, there is nothing to do."""
+        self._join_settling()
         session = self._session
         if session is None:
             raise ProtocolError("no trainer is connected to this engine; attach one first")
@@ -158,6 +163,7 @@ class Receiver:
 
     def detach(self) -> None:
         """Let go of the trainer, if there is one."""
+        self._join_settling()
         if self._session is not None:
             session, self._session = self._session, None
             session.link.close()
@@ -166,6 +172,7 @@ class Receiver:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _release_previous(self) -> None:
+        self._join_settling()
         if self._session is None:
             return
         if not self._session.link.is_released(RELEASE_PATIENCE_S):
@@ -227,7 +234,17 @@ class Receiver:
         if isinstance(message, Check):
             session.link.send(session.checker.check(message, attempt, path.changed))
             self._expect(running, Commit, "Commit", None)
-        session.link.send(Committed(attempt))
+        wait = self._target.pending() if running.moves else None
+        session.link.send(Committed(attempt, is_settled=wait is None))
+        if wait is not None:
+            # The link is this thread's until it ends; whoever needs it next joins it first.
+            self._settling = threading.Thread(target=_settle, args=(wait, session.link, attempt), name="mbridge-settle")
+            self._settling.start()
+
+    def _join_settling(self) -> None:
+        if self._settling is not None:
+            self._settling.join()
+            self._settling = None
 
     def _fail(self, running: _Running, error: SyncError) -> None:
         """Give up, and let rank 0 know. The engine's own calls go on as if nothing had happened."""
@@ -257,3 +274,13 @@ class Receiver:
             if isinstance(message, kind) and getattr(message, "bucket", None) == bucket:
                 return message
             raise ProtocolError(f"expected {what}, got {message!r}")
+
+
+def _settle(wait: Callable[[], None], link: Link, attempt: int) -> None:
+    """Tell rank 0 when the device has read what it reads of the trainers' memory. In a thread of its own."""
+    try:
+        wait()
+    except RuntimeError as error:  # a device that failed: the engine will find out too
+        link.send(Failed(attempt, as_failure(error, f"engine worker (process {os.getpid()})", "settle")))
+        return
+    link.send(Settled(attempt))

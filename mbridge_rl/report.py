@@ -43,7 +43,9 @@ class SyncReport:
     version: int
     engine: str
     total_s: float  # from rank 0's sync() until the engine serves again
-    phases: dict[str, float]  # seconds in enter (until every rank had called), pause, stream, check, commit, resume
+    phases: dict[
+        str, float
+    ]  # seconds in enter (until every rank had called), pause, stream, check, commit, resume, settle
     fill_s: float  # within stream: copying into buckets, the slowest trainer rank
     load_s: float  # within stream: the engine's own loading, the slowest worker; overlaps fill_s
     num_bytes: int

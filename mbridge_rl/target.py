@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,10 @@ class Target(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """All tensors came: post-process what the engine post-processes. After it the model can serve."""
+        """All tensors came: post-process what the engine post-processes. After it the model can serve.
+
+        A device may still be at it, in a stream that the engine's steps go through too: see `pending`.
+        """
 
     @abstractmethod
     def abandon(self) -> None:
@@ -58,6 +61,10 @@ class Target(ABC):
     @abstractmethod
     def live(self) -> Mapping[str, torch.Tensor]:
         """The engine's parameters and buffers by engine name, each read afresh at each access."""
+
+    def pending(self) -> Callable[[], None] | None:
+        """Waits, from any thread, until the device has done all that it was asked for; None if there is no device."""
+        return None
 
     def processed_modules(self) -> set[str]:
         """Modules whose tensors the engine may change after they are loaded."""
@@ -69,3 +76,13 @@ class Target(ABC):
         What they compute with may then lie outside of their parameters.
         """
         return {}
+
+
+def device_event(device: torch.device) -> Callable[[], None] | None:
+    """Waits for what has been put into the current stream of a CUDA `device` so far; None for other devices."""
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        event = torch.cuda.Event()
+        event.record()
+    return event.synchronize

@@ -23,9 +23,9 @@ MBRIDGE = (
     "live pieces errors"
 )
 MBRIDGE_RL = (
-    "testing __init__ syncer conductor follower ray engines receiver bucket_path direct_path checker borrower loading "
-    "target placement recorder views agreement lender filler source checksum copy_plan copy_triton checksum_triton "
-    "patches transports buckets verification protocol control report messages errors"
+    "testing __init__ syncer conductor follower ray engines receiver bucket_path direct_path checker borrower learning "
+    "loading target placement recorder views agreement lender filler source checksum copy_plan copy_triton "
+    "checksum_triton patches transports buckets verification protocol control report messages errors"
 )
 LAYERS = {"mbridge": MBRIDGE.split(), "mbridge_rl": MBRIDGE_RL.split()}
 NOT_YET = {"ray"}  # layers of DESIGN.md that need not be there; strike out what has been built

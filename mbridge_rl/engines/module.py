@@ -6,7 +6,7 @@ models are. Any other is loaded by name: HF names are those of its parameters an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..messages import Invitation
 from ..placement import place
 from ..receiver import Receiver
 from ..recorder import dry_run
-from ..target import Examined, Target
+from ..target import Examined, Target, device_event
 from .base import Engine, InFlight
 
 
@@ -103,6 +103,9 @@ class ModuleTarget(Target):
 
     def abandon(self) -> None:
         """Nothing was begun."""
+
+    def pending(self) -> Callable[[], None] | None:
+        return device_event(self.device)
 
     def live(self) -> Mapping[str, torch.Tensor]:
         return self._live

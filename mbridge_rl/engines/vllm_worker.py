@@ -8,7 +8,7 @@ and kernel tensors keep their addresses. From vLLM 0.26 on the base class leaves
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from ..messages import Invitation
 from ..placement import place
 from ..receiver import Receiver
 from ..recorder import Loader, dry_run
-from ..target import Examined, Target
+from ..target import Examined, Target, device_event
 
 # Of torch.nn.Module itself: what a reload replaces and puts back.
 MODULE_FIELDS = frozenset(vars(torch.nn.Module()))
@@ -80,7 +80,7 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
         self.receiver.open_session()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class then waits for the device. `finish_weight_update` does: copies go on while vLLM answers.
+        # The base class then waits for the device. Our receiver does, later: copies go on while vLLM answers calls.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: MBridgeUpdateInfo) -> None:
@@ -202,8 +202,6 @@ class VLLMTarget(Target):
         if self._is_partial:
             for attention in self._deriving:
                 attention.process_weights_after_loading(self._model_config.dtype)
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
 
     def abandon(self) -> None:
         # Forget what reload has kept of incomplete layers; finalize then puts their live tensors back as they are.
@@ -216,6 +214,9 @@ class VLLMTarget(Target):
         self._put_kernels_back()
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+    def pending(self) -> Callable[[], None] | None:
+        return device_event(self.device)
 
     def live(self) -> Mapping[str, torch.Tensor]:
         return self._live

@@ -11,12 +11,12 @@ from torch import nn
 
 from mbridge.live import LiveTensors
 from mbridge.pieces import Box, Copy, Piece, Region, TensorSpec, join, whole_pieces
+from mbridge_rl.learning import constant_modules
 from mbridge_rl.placement import (
     Expected,
     Format,
     Placement,
     compare_in_place,
-    constant_modules,
     expected_of_copies,
     expected_of_tensors,
     place,
@@ -313,11 +313,12 @@ def test_a_piece_of_what_alternates() -> None:
 
 
 def test_constant_modules() -> None:
-    _, placement, copies, hf = loaded()
+    engine, placement, _, hf = loaded()
     modules = {"attention", "projection", "padded", "cast"}
 
-    def constant(**changes: torch.Tensor) -> set[str]:
-        return constant_modules(copies, {**hf, **changes}, placement.module_of, modules)
+    def constant(among: set[str] = modules, **changes: torch.Tensor) -> set[str]:
+        engine.load_weights({**hf, **changes}.items())
+        return constant_modules(LiveTensors.of(engine), placement, among)
 
     assert constant() == set()
     assert constant(out=torch.ones(6, 4)) == {"projection"}
@@ -328,4 +329,4 @@ def test_constant_modules() -> None:
     nearly[5, 3] += 1e-6
     assert constant(out=nearly) == set()
     assert constant(out=torch.full((6, 4), float("nan"))) == set()
-    assert constant_modules(copies, {**hf, "out": torch.ones(6, 4)}, placement.module_of, {"attention"}) == set()
+    assert constant({"attention"}, out=torch.ones(6, 4)) == set()

@@ -26,6 +26,7 @@ from mbridge_rl.messages import (
     Hello,
     Load,
     Loaded,
+    Settled,
     Stats,
     Verification,
 )
@@ -110,7 +111,7 @@ class World:
                 if self.loaded[peer] == BUCKETS:
                     self.post(peer, Applied(1, 0.1, 5))
             case Commit():
-                self.post(peer, Committed(1))
+                self.post(peer, Committed(1, True))
                 self.leave(peer)
             case Abort() if peer.role == "worker" and EngineCall.UPDATE in self.calls:
                 self.leave(peer)
@@ -445,7 +446,7 @@ class CheckedWorld(World):
                 assert (share, num_shares) == (3, 16)
                 self.post(peer, Checked(1, totals={0: peer.index}))
             case Commit():
-                self.post(peer, Committed(1))
+                self.post(peer, Committed(1, True))
                 self.leave(peer)
             case Abort() if peer.role == "worker":
                 self.leave(peer)
@@ -634,3 +635,62 @@ def test_errors_cross_as_failures() -> None:
     assert type(again) is TrainerLostError
     assert str(again) == str(error) == "gone [trainer rank 1, phase stream, tensor w]"
     assert type(raised(Failure("NeverHeard", "x"))) is SyncError
+
+
+# --- devices that still copy when the engine serves again -------------------------------------------------------------
+
+
+class SettlingWorld(CheckedWorld):
+    """Workers say that they have committed, and later that their device is done."""
+
+    held = False  # they do not say the latter
+
+    def answer(self, peer: Peer, message: AnyMessage) -> None:
+        if not isinstance(message, Commit):
+            super().answer(peer, message)
+            return
+        self.post(peer, Committed(1, False))
+        if not self.held:
+            self.post(peer, Settled(1))
+        self.leave(peer)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_trainers_wait_for_devices_and_the_engine_does_not(seed: int) -> None:
+    world = SettlingWorld(seed)
+    world.run()
+    assert (world.refit.phase, world.refit.state) == (Phase.DONE, EngineState.SERVING)
+    held = SettlingWorld(seed)
+    held.held = True
+    while held.step():
+        pass
+    assert held.refit.phase is Phase.SETTLE
+    assert held.calls[-1] is EngineCall.RESUME
+    assert not held.is_calling
+    for worker in ALL[TRAINERS:]:
+        assert not held.refit.finished
+        held.react(held.refit.receive(worker, Settled(1), held.now))
+    assert (held.refit.phase, held.refit.state) == (Phase.DONE, EngineState.SERVING)
+
+
+def test_a_device_that_is_never_done() -> None:
+    world = SettlingWorld()
+    world.held = True
+    world.run()
+    assert (world.refit.phase, world.refit.state) == (Phase.FAILED, EngineState.STALE)
+    assert world.refit.failure is not None
+    assert world.refit.failure.kind == "DeadlineError"
+    assert "engine worker 0, engine worker 1 to finish" in world.refit.failure.message
+
+
+@pytest.mark.parametrize(("peer", "phase"), [(TRAINER, Phase.DONE), (WORKER, Phase.FAILED)])
+def test_a_peer_that_dies_while_devices_copy(peer: Peer, phase: Phase) -> None:
+    world = SettlingWorld()
+    world.held = True
+    while world.step():
+        pass
+    world.react(world.refit.lost(peer, "died", world.now))
+    for worker in ALL[TRAINERS:]:
+        world.react(world.refit.receive(worker, Settled(1), world.now))
+    assert world.refit.phase is phase
+    assert world.refit.lost_peer is not None

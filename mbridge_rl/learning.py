@@ -1,0 +1,59 @@
+"""After a refit that went through the engine's loader whole: which modules can be written from outside from now on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from mbridge.pieces import Shape
+
+from .loading import guarded
+from .placement import Expected, Placement, compare_in_place
+from .target import Target
+
+CONSTANT = "all its values are equal, so that what happens to them after loading cannot be seen"
+
+
+def learn(
+    target: Target, placement: Placement, expected: Sequence[Expected], shapes: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Engine name -> why it does not hold what was loaded, as it was loaded (`expected`).
+
+    Adds to `placement.opaque` each module of which that is true, or whose post-processing makes more than values, or
+    of which nothing can be told. `shapes`: of the HF tensors.
+    """
+    live = target.live()
+    changed = compare_in_place(expected, live, placement.formats, shapes)
+    for name, reason in changed.items():
+        placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
+    written = {placement.module_of[name] for name in placement.written}
+    for module, reason in guarded(target.remade, "say what it made").items():
+        if module in written:
+            placement.opaque.setdefault(module, reason)
+    for module in constant_modules(live, placement, target.processed_modules() - placement.opaque.keys()):
+        placement.opaque[module] = CONSTANT
+    return changed
+
+
+def constant_modules(live: Mapping[str, torch.Tensor], placement: Placement, modules: set[str]) -> set[str]:
+    """Those of `modules` to which only constant tensors are loaded: of them a comparison of values tells nothing.
+
+    Permuting the rows of one of them would not show. `modules` hold what was loaded.
+    """
+    varied: set[str] = set()
+    seen: set[str] = set()
+    for piece in sorted(placement.pieces, key=lambda p: -p.box.numel):
+        module = placement.module_of[piece.local_name]
+        if module in modules and module not in varied:
+            seen.add(module)
+            if not _is_constant(piece.region.of(live[piece.local_name])):
+                varied.add(module)
+    return seen - varied
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    if tensor.numel() < 2:
+        return True
+    first = tensor[(0,) * tensor.dim()]
+    return bool((tensor == first).all())
