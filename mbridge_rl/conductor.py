@@ -103,6 +103,7 @@ class Conductor:
         self._early: list[tuple[Peer, AnyMessage]] = []
         self._calls = EngineThread(self.hub.wake)
         self._calls_s: dict[str, float] = {}  # of the last refit
+        self._unwritten: dict[str, int] = {}
         self._broken: Failure | None = None  # why no later refit can succeed
         self._copy_limit_gb_s: float | None = None
         self._beat_s = min(BEAT_S, deadline_s / 4)
@@ -165,6 +166,7 @@ class Conductor:
             elif isinstance(message, Attached):
                 self._is_attached = True
                 unused[peer] = message.unused
+                self._unwritten |= message.unwritten
 
         what = f"{self._num_workers} engine workers to attach"
         self._call(lambda: self.engine.attach(invitation), what, arrived)
@@ -414,6 +416,7 @@ class Conductor:
             reasons=refit.reasons,
             verification=refit.verification,
             calls_s=self._calls_s,
+            unwritten=self._unwritten,
         )
 
     # --- leaving -----------------------------------------------------------------------------------------------------

@@ -60,9 +60,10 @@ class Offered(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """A worker mapped the memory and its model takes these tensors; `unused` are HF names that it has no place for."""
+    """A worker mapped the memory and its model takes these tensors."""
 
-    unused: list[str]
+    unused: list[str]  # HF names that it has no place for
+    unwritten: dict[str, int] = {}  # engine tensor -> elements that no HF tensor goes to
 
 
 class Enter(Message, frozen=True):
@@ -212,6 +213,7 @@ class Stats(msgspec.Struct, frozen=True):
     reasons: dict[str, str] = {}
     verification: Verification | None = None
     calls_s: dict[str, float] = {}  # engine call -> seconds
+    unwritten: dict[str, int] = {}  # as in Attached
 
 
 class Done(Message, frozen=True):

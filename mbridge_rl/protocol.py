@@ -217,11 +217,11 @@ class Refit:
         self._deadline = now + self._deadline_s
         if self.phase in (Phase.DONE, Phase.FAILED):
             return []
+        if failure is not None and failure.kind == "EngineGoneError":
+            self.state = EngineState.GONE
         if self.phase is Phase.FAILING:
             return self._drain(now)
         if failure is not None:
-            if failure.kind == "EngineGoneError":
-                self.state = EngineState.GONE
             self._resume_on_failure |= call is EngineCall.RESUME  # it serves nothing while it is paused: once more
             return self.fail(failure, now)
         match call:

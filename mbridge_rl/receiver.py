@@ -80,7 +80,7 @@ class _Session:
     invitation: Invitation
     path: Path
     checker: Checker
-    unused: list[str]  # HF names that the model has no place for
+    attached: Attached
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ class Receiver:
             link.send(Failed(0, as_failure(error, self._me, "connect")))
             link.close()
             return
-        link.send(Attached(self._session.unused))
+        link.send(self._session.attached)
 
     def open_session(self) -> None:
         """The engine's "start update" call."""
@@ -202,7 +202,8 @@ class Receiver:
         else:
             path = BucketPath(layout, self._target, examined, transport.open(message.address))
         unused = [spec.name for spec in layout.tensors if spec.name not in found.consumed]
-        return _Session(link, invitation, path, Checker(layout, self._target, examined.placement), unused)
+        attached = Attached(unused, examined.placement.unwritten())
+        return _Session(link, invitation, path, Checker(layout, self._target, examined.placement), attached)
 
     def _stream(self, running: _Running) -> None:
         path, attempt = running.session.path, running.attempt

@@ -60,6 +60,9 @@ class SyncReport:
     reasons: dict[str, str] = field(default_factory=dict)  # engine module -> why it is not written directly
     verification: VerifyReport | None = None
     calls_s: dict[str, float] = field(default_factory=dict)  # the engine's own calls, by name; they span phases
+    unwritten: dict[str, int] = field(
+        default_factory=dict
+    )  # engine tensor -> elements that no HF tensor goes to (padding)
 
     @property
     def gb_per_s(self) -> float:

@@ -328,6 +328,7 @@ class WeightSyncer:
             paths=self._paths[1],
             reasons=stats.reasons,
             calls_s=stats.calls_s,
+            unwritten=stats.unwritten,
             trainer_extra_bytes=0 if is_direct else NUM_SLOTS * layout.bucket_bytes,
             engine_extra_bytes=stats.engine_extra_bytes,
             copy_limit_gb_s=stats.copy_limit_gb_s,

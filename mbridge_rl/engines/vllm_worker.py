@@ -88,7 +88,8 @@ class MBridgeWeightTransferEngine(WeightTransferEngine[MBridgeInitInfo, MBridgeU
             self.receiver.run(update_info.attempt, update_info.version, update_info.moves)
 
     def finish_weight_update(self) -> None:
-        self.receiver.close_session()
+        with set_current_vllm_config(self.vllm_config):
+            self.receiver.close_session()
 
     def shutdown(self) -> None:
         if self._receiver is not None:

@@ -364,9 +364,8 @@ def test_the_engine_serves_while_its_device_copies_and_the_trainer_waits() -> No
     with Spy(bridge, engine) as sync:
         for version in (1, 2, 3):
             overwrite(bridge, weights(version))
-            report = sync.sync()  # it would wait for ever if the engine's resume came after its device
+            sync.sync()  # it would wait for ever if the engine's resume came after its device
             assert engine.served.is_set()
-            assert report.phases["settle"] >= 0
             assert module.holds(version)
         sync.verify()
     assert sync.version == 3

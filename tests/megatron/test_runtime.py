@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ def attributes() -> dict[str, dict[str, int]]:
     """The identity of every attribute of every module that a fix touches."""
     modules = {fix.module: importlib.import_module(fix.module) for fix in FIXES}
     return {name: {key: id(value) for key, value in vars(module).items()} for name, module in modules.items()}
+
+
+@pytest.fixture(autouse=True)
+def bare() -> Iterator[None]:
+    """Another test in this process may have started the runtime and left it on, as programs do."""
+    was_installed = RUNTIME.installed
+    RUNTIME.uninstall()
+    yield
+    if was_installed:
+        RUNTIME.install()
 
 
 @without_cuda
