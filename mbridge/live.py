@@ -36,21 +36,23 @@ class LiveTensors(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         return tensor
 
-    def pointers(self, names: Sequence[str]) -> Callable[[], list[int]]:
-        """Reads `data_ptr()` of each of `names`, at each call. Raises KeyError for one that is gone.
+    def reader(self, names: Sequence[str]) -> Callable[[], list[torch.Tensor]]:
+        """Reads the tensors of `names`, at each call. Raises KeyError for one that is gone.
 
         For thousands of names at each refit: no Python code runs for a single one.
         """
         holders = [self._holders[name][0] for name in names]
         keys = [self._holders[name][1] for name in names]
         get: Callable[[Holder, str], torch.Tensor] = operator.getitem  # type: ignore[assignment]  # it is overloaded
-        point: Callable[[torch.Tensor], int] = torch.Tensor.data_ptr
 
-        def read() -> list[int]:
+        def read() -> list[torch.Tensor]:
             try:
-                return list(map(point, map(get, holders, keys)))
-            except (KeyError, TypeError):
-                return [self[name].data_ptr() for name in names]  # raises KeyError with the name
+                found = list(map(get, holders, keys))
+            except KeyError:
+                found = [self[name] for name in names]  # raises with the name
+            if type(None) in map(type, found):
+                found = [self[name] for name in names]
+            return found
 
         return read
 
@@ -61,8 +63,8 @@ class LiveTensors(Mapping[str, torch.Tensor]):
         return len(self._holders)
 
 
-def pointers(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Callable[[], list[int]]:
-    """Reads `data_ptr()` of each of `names` in `tensors`, at each call. Raises KeyError for one that is gone."""
+def reader(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Callable[[], list[torch.Tensor]]:
+    """Reads the tensors of `names`, at each call. Raises KeyError for one that is gone."""
     if isinstance(tensors, LiveTensors):
-        return tensors.pointers(names)
-    return lambda: [tensors[name].data_ptr() for name in names]
+        return tensors.reader(names)
+    return lambda: [tensors[name] for name in names]

@@ -18,7 +18,7 @@ from .errors import ProtocolError, SyncError, TransportError
 from .messages import Lends, Loan
 from .transports.base import Mapped, Transport
 
-Address = tuple[tuple[str, str | int], ...]
+SegmentKey = tuple[tuple[str, str | int], ...]  # an address as something that can be looked up
 
 
 class Borrower:
@@ -35,25 +35,24 @@ class Borrower:
             rank.rank: [(_name(rank, i), *_form(rank, i)) for i in range(len(rank.tensors))] for rank in lends
         }
         self._loans = {rank.rank: rank.loan for rank in lends}
-        self._mapped: dict[Address, Mapped] = {}
+        self._mapped: dict[SegmentKey, Mapped] = {}
+        self.generation = 0  # grows whenever tensors have been mapped anew
+        self._is_mapped = False
         self._into_whole: dict[str, list[Copy]] | None = None
         try:
-            self._map()
+            self._map(self._loans)
         except SyncError:
             self.close()
             raise
 
-    def update(self, loans: Mapping[int, Loan]) -> bool:
-        """Follow memory that has moved. Returns whether any has."""
+    def update(self, loans: Mapping[int, Loan]) -> None:
+        """Follow memory that has moved. If that fails, it is tried again at the next call."""
         strangers = loans.keys() - self._loans.keys()
         if strangers:
             raise ProtocolError(f"trainer rank {min(strangers)} lends memory, but is none that lent at first")
-        moved = {rank: loan for rank, loan in loans.items() if loan != self._loans[rank]}
-        if not moved:
-            return False
-        self._loans |= moved
-        self._map()
-        return True
+        wanted = {**self._loans, **loans}
+        if wanted != self._loans or not self._is_mapped:
+            self._map(wanted)
 
     def whole(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """HF tensors (default: all) in the order of the layout: views where one trainer has all of one, else put
@@ -83,10 +82,15 @@ class Borrower:
             mapped.close()
         self._mapped.clear()
 
-    def _map(self) -> None:
-        wanted = {_address(segment): segment for loan in self._loans.values() for segment in loan.segments}
+    def _map(self, loans: dict[int, Loan]) -> None:
+        wanted = {_key(segment): segment for loan in loans.values() for segment in loan.segments}
+        self._is_mapped = False
+        self.generation += 1
         self.tensors.clear()
-        for address in self._mapped.keys() - wanted.keys():
+        gone = self._mapped.keys() - wanted.keys()
+        if gone and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # it may still copy from there
+        for address in gone:
             self._mapped.pop(address).close()
         for address, segment in wanted.items():
             if address in self._mapped:
@@ -96,8 +100,8 @@ class Borrower:
                 raise TransportError(
                     f"the trainer's parameters are on {mapped.bytes.device.type}, the engine's on {self._device.type}"
                 )
-        for rank, loan in self._loans.items():
-            segments = [self._mapped[_address(segment)].bytes for segment in loan.segments]
+        for rank, loan in loans.items():
+            segments = [self._mapped[_key(segment)].bytes for segment in loan.segments]
             local = self._local[rank]
             if len(loan.places) != len(local):
                 raise ProtocolError(f"trainer rank {rank} lends {len(loan.places)} tensors instead of {len(local)}")
@@ -107,6 +111,7 @@ class Borrower:
                 if memory is None or offset < 0 or offset % dtype.itemsize or offset + num_bytes > memory.numel():
                     raise ProtocolError(f"trainer rank {rank} lends {name} outside of its segments")
                 self.tensors[name] = memory[offset : offset + num_bytes].view(dtype)
+        self._loans, self._is_mapped = loans, True
 
     def _open(self, segment: Mapping[str, str | int]) -> Mapped:
         try:
@@ -153,7 +158,7 @@ def _form(rank: Lends, local: int) -> tuple[torch.dtype, int]:
     return dtype, numel
 
 
-def _address(segment: Mapping[str, str | int]) -> Address:
+def _key(segment: Mapping[str, str | int]) -> SegmentKey:
     return tuple(sorted(segment.items()))
 
 

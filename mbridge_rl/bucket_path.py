@@ -15,10 +15,11 @@ import torch
 from mbridge.pieces import Piece
 
 from .buckets import Layout, Part, aligned, part_view
-from .learning import learn
-from .loading import check_loaded, guarded, load
+from .errors import EngineLoadError
+from .learning import learn, not_loaded
+from .loading import check_loaded, load
 from .messages import Load
-from .placement import Expected, expected_of_tensors
+from .placement import Expected, compare_in_place, expected_of_tensors
 from .target import Examined, Target
 
 
@@ -40,6 +41,8 @@ class BucketPath:
         """Engine name -> why it does not hold what was loaded as it was loaded; None until a refit has shown it."""
         self._expected: list[Expected] | None = None
         self._modules: frozenset[str] | None = None  # that need the engine's reload; None: all
+        self._is_confirmed = False  # that the others come out right when they are loaded in place
+        self._before: dict[str, int] = {}
         self._target, self._slots = target, slots
         self._found, self._placement = examined.found, examined.placement
         self._shapes = {spec.name: spec.shape for spec in layout.tensors}
@@ -66,11 +69,12 @@ class BucketPath:
     def begin(self) -> None:
         self._assembly.restart()
         self._loaded, self._expected = set(), None
-        guarded(lambda: self._target.begin(self._modules), "begin the update")
+        if self._modules is None and self._target.device.type != "cpu":
+            self._before = not_loaded(self._target, self._placement)
+        self._target.begin(self._modules)
 
     def apply(self, message: Load) -> None:
-        # On a CPU engines repack nearly everything, and checksums take seconds: only if they are asked for.
-        if message.bucket == 0 and self.changed is None and (message.is_checked or self._target.device.type != "cpu"):
+        if message.bucket == 0 and self._has_to_compare(message):
             self._expected = []
         tensors = self._assembly.ready(self._program[message.bucket])
         if self._expected is not None:
@@ -82,14 +86,41 @@ class BucketPath:
 
     def finish(self) -> None:
         check_loaded(self._loaded, self._found.loaded)
-        guarded(self._target.finish, "finish the update")
-        if self._expected is not None:
-            self.changed = learn(self._target, self._placement, self._expected, self._shapes)
+        self._target.finish()
+        if self._expected is None:
+            return
+        if self._modules is None:
+            self.changed = learn(self._target, self._placement, self._expected, self._shapes, self._before)
             self._modules = frozenset(self._placement.opaque)
+        else:
+            self._confirm(self._expected, self._modules)
+
+    def forget(self) -> None:
+        """A refit failed: trust nothing of what was learnt. The next one reloads every module."""
+        self.changed, self._modules, self._is_confirmed = None, None, False
 
     def close(self) -> None:
         self._program.clear()
         self._slots.close()
+
+    def _has_to_compare(self, message: Load) -> bool:
+        if self._modules is not None:
+            self._is_confirmed |= message.is_checked  # the Check does the same
+            return not self._is_confirmed
+        # On a CPU engines repack nearly everything, and checksums take seconds: only if they are asked for.
+        return message.is_checked or self._target.device.type != "cpu"
+
+    def _confirm(self, expected: list[Expected], modules: frozenset[str]) -> None:
+        """After the first refit that loaded all but `modules` in place: it must have come out as in a reload."""
+        placement = self._placement
+        changed = compare_in_place(expected, self._target.live(), placement.formats, self._shapes)
+        wrong = [name for name in changed if placement.module_of[name] not in modules]
+        if wrong:
+            raise EngineLoadError(
+                f"the engine's loader writes {len(wrong)} parameters otherwise in place than in a reload, such as "
+                f"{wrong[0]}: {changed[wrong[0]]}"
+            )
+        self._is_confirmed = True
 
 
 class Assembly:

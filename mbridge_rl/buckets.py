@@ -2,7 +2,7 @@
 
 Tensors keep the plan's order. A fusion group (tensors that the engine's loader wants in one call) is never parted
 between two load calls: it either fits into one bucket whole, or it is cut into rows over buckets of its own and put
-together again by the receiver (`Group.split`). Offsets are multiples of `ALIGNMENT` bytes, so any dtype can lie
+together again by the receiver (`Layout.split_groups`). Offsets are multiples of `ALIGNMENT` bytes, so any dtype can lie
 anywhere.
 """
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import torch
 
-from mbridge.pieces import Box, Piece, Region
+from mbridge.pieces import Piece
 
 from .buckets import Layout
-from .checksum import BITS, checksums
+from .checksum import checksums, whole_checksums
 from .errors import EngineError
 from .messages import Check, Checked
 from .placement import Placement
@@ -36,7 +36,7 @@ class Checker:
 
     def record(self, changed: Mapping[str, str]) -> None:
         """Right after a refit: take the checksums that later checks of `own` tensors compare with."""
-        self._records = self._own_checksums(changed)
+        self._records = whole_checksums(self._own(changed))
 
     def forget(self) -> None:
         """A refit begins that is not checked."""
@@ -59,7 +59,7 @@ class Checker:
             pieces.append(piece)
         shapes = {name: spec.shape for name, spec in self._specs.items()}
         totals = checksums(pieces, shapes, live)
-        now = self._own_checksums(changed) if message.share == 0 and self._records else {}
+        now = whole_checksums(self._own(changed)) if message.share == 0 and self._records else {}
         for name in changed.keys() | self._own(changed).keys():
             if name in live and not live[name].numel():
                 unchecked[name] = UNSEEN
@@ -85,13 +85,3 @@ class Checker:
         loaded = {piece.local_name for piece in pieces} - changed.keys() - self._placement.unwritten().keys() - cast
         # A name may be there no more: engines drop what they have repacked.
         return {name: live[name] for name in live if name not in loaded and name in live and live[name].numel()}
-
-    def _own_checksums(self, changed: Mapping[str, str]) -> dict[str, int]:
-        own = {name: tensor for name, tensor in self._own(changed).items() if _has_checksum(tensor)}
-        pieces = [Piece(n, Box.whole(t.shape), n, Region.contiguous(t.shape)) for n, t in own.items()]
-        totals = checksums(pieces, {n: tuple(t.shape) for n, t in own.items()}, own)
-        return dict(zip(own, totals, strict=True))
-
-
-def _has_checksum(tensor: torch.Tensor) -> bool:
-    return not tensor.is_meta and tensor.is_contiguous() and tensor.dtype.itemsize in BITS

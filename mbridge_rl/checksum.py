@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from mbridge.pieces import Piece, Region, Shape
+from mbridge.pieces import Box, Piece, Region, Shape
 
 from .copy_plan import Endpoint
 from .errors import PlanMismatchError
@@ -54,6 +54,19 @@ def checksums(pieces: Sequence[Piece], shapes: Mapping[str, Shape], tensors: Map
         for i, value in zip(numbers, found, strict=True):
             result[i] = value
     return result
+
+
+def whole_checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Name -> checksum of the whole tensor, of those that have one (`has_checksum`)."""
+    some = {name: tensor for name, tensor in tensors.items() if has_checksum(tensor)}
+    pieces = [Piece(n, Box.whole(t.shape), n, Region.contiguous(t.shape)) for n, t in some.items()]
+    totals = checksums(pieces, {n: tuple(t.shape) for n, t in some.items()}, some)
+    return dict(zip(some, totals, strict=True))
+
+
+def has_checksum(tensor: torch.Tensor) -> bool:
+    """Whether it has data, contiguous, of elements of 1, 2, 4 or 8 bytes."""
+    return not tensor.is_meta and tensor.is_contiguous() and tensor.dtype.itemsize in BITS
 
 
 def checksums_by_torch(

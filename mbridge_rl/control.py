@@ -1,7 +1,7 @@
 """The control channel of a syncer: typed msgpack messages over ZMQ between trainer rank 0 (`Hub`) and its peers
 (`Link`).
 
-Every message is two frames: the session's token, and a msgpack struct of protocol.py. What has another token, does not
+Every message is two frames: the session's token, and a msgpack struct of messages.py. What has another token, does not
 decode or is larger than `MAX_MESSAGE_BYTES` is dropped and logged: it never reaches the refit. Nothing is unpickled.
 By default the hub listens on a Unix socket in a directory that only this user can enter.
 

@@ -8,7 +8,6 @@ modules go through the engine's own loading at each refit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -17,12 +16,13 @@ from mbridge.pieces import Copy, join
 from .borrower import Borrower
 from .buckets import Layout
 from .copy_plan import CopyTable, Executor, executor_for
-from .errors import PlanMismatchError, SyncError
-from .learning import learn
-from .loading import check_loaded, guarded, load
+from .errors import EngineLoadError, PlanMismatchError, SyncError
+from .learning import learn, not_loaded
+from .loading import check_loaded, load
 from .messages import Lends, Load
 from .placement import expected_of_copies
 from .protocol import NUM_DIRECT_STEPS
+from .recorder import DryRun
 from .target import Examined, Target
 from .transports.base import Transport
 
@@ -49,11 +49,13 @@ class DirectPath:
         self._executor: Executor | None = None
         self._modules: frozenset[str] | None = None  # that the engine's loader fills; None: all
         self._next_reloaded: list[str] = []
-        self._reloaded_engine_names: set[str] | None = None
+        self._rehearsed = DryRun()  # of what is reloaded
+        self._before: dict[str, int] = {}
         self._destinations: list[str] = []
-        self._bound: list[int] = []  # addresses of the engine's tensors in the table
+        # What the table is bound to: the borrower's generation, and the addresses of the engine's tensors.
+        self._generation, self._bound = 0, list[int]()
         try:
-            self._copies = guarded(self._join, "be joined with what the trainers lend")
+            self._join()  # it raises now rather than in the first refit
         except SyncError:
             self._borrower.close()
             raise
@@ -71,21 +73,27 @@ class DirectPath:
         """The engine's update begins when the trainers' memory is complete, in `apply`."""
 
     def apply(self, message: Load) -> None:
-        moved = guarded(lambda: self._borrower.update(message.loans), "map the trainers' memory")
+        self._borrower.update(message.loans)
         is_first_step = message.bucket == 0
         if self._executor is None:
             if not is_first_step:
                 self._load_everything()
             return
         if is_first_step:
-            guarded(lambda: self._target.begin(self._modules), "begin the update")
-        if is_first_step or moved:
-            guarded(partial(self._copy, self._executor, moved), "be written directly")
+            self._target.begin(self._modules)
+        if is_first_step or self._generation != self._borrower.generation:
+            self._copy(self._executor)
         if not is_first_step:
             self._reload_opaque()
 
+    def forget(self) -> None:
+        """A refit failed: trust nothing of what was learnt. The next one goes through the engine's loader whole."""
+        if self._executor is not None:
+            self._executor.release()
+            self._executor = None
+
     def finish(self) -> None:
-        guarded(self._target.finish, "finish the update")
+        self._target.finish()
         if self._executor is None:
             self._learn()
 
@@ -96,41 +104,49 @@ class DirectPath:
         self._borrower.close()
 
     def _load_everything(self) -> None:
-        guarded(self._target.begin, "begin the update")
+        self._before = not_loaded(self._target, self._placement)
+        self._target.begin()
         check_loaded(load(self._target, self._borrower.whole()), self._found.loaded)
         self.reloaded = list(self._shapes)
 
-    def _copy(self, executor: Executor, moved: bool) -> None:
+    def _copy(self, executor: Executor) -> None:
         live = self._target.live()
         addresses = [live[name].data_ptr() for name in self._destinations]
-        if moved or addresses != self._bound:
+        if (self._generation, self._bound) != (self._borrower.generation, addresses):
             executor.bind(self._borrower.tensors, {name: live[name] for name in self._destinations})
-            self._bound = addresses
+            self._generation, self._bound = self._borrower.generation, addresses
         executor.run()
 
     def _reload_opaque(self) -> None:
         self.reloaded = self._next_reloaded
         if self.reloaded:
-            loaded = load(self._target, self._borrower.whole(self.reloaded))
-            check_loaded(loaded, self._reloaded_engine_names)
-            self._reloaded_engine_names = loaded
+            check_loaded(load(self._target, self._borrower.whole(self.reloaded)), self._rehearsed.loaded)
 
     def _learn(self) -> None:
         """After the first refit: make the table of what can be written directly from now on."""
         placement, sources = self._placement, self._borrower.tensors
-        expected = expected_of_copies(self._copies, sources, placement.formats, self._shapes)
-        self.changed = learn(self._target, placement, expected, self._shapes)
+        copies = self._join()
+        expected = expected_of_copies(copies, sources, placement.formats, self._shapes)
+        self.changed = learn(self._target, placement, expected, self._shapes, self._before)
         reloaded = placement.reloaded_names()
-        self._next_reloaded = [spec.name for spec in self._layout.tensors if spec.name in reloaded]
+        specs = tuple(spec for spec in self._layout.tensors if spec.name in reloaded)
+        self._next_reloaded = [spec.name for spec in specs]
+        self._rehearsed = self._target.rehearse(specs)
+        unread = reloaded & self._found.consumed - self._rehearsed.consumed
+        if unread:
+            raise EngineLoadError(
+                f"the engine's loader, given {len(specs)} tensors of its own, leaves {len(unread)} unread",
+                tensor=min(unread),
+            )
         self._modules = frozenset(placement.opaque)
-        direct = [c for c in self._copies if placement.module_of[c.destination_name] not in placement.opaque]
+        direct = [c for c in copies if placement.module_of[c.destination_name] not in placement.opaque]
         self._destinations = sorted({c.destination_name for c in direct})
         table = CopyTable.of(
             direct,
             {name: tensor.dtype for name, tensor in sources.items()},
             {name: placement.formats[name].dtype for name in self._destinations},
         )
-        self._executor, self._bound, self._copies = executor_for(table, self._target.device), [], []
+        self._executor, self._generation = executor_for(table, self._target.device), 0
         if self._target.device.type == "cuda":
             torch.cuda.empty_cache()  # what the engine's loader needed in this refit is not needed again
 

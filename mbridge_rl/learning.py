@@ -8,27 +8,51 @@ import torch
 
 from mbridge.pieces import Shape
 
-from .loading import guarded
+from .checksum import whole_checksums
 from .placement import Expected, Placement, compare_in_place
 from .target import Target
 
 CONSTANT = "all its values are equal, so that what happens to them after loading cannot be seen"
 
 
+def not_loaded(target: Target, placement: Placement) -> dict[str, int]:
+    """Checksums of what no HF tensor goes to, in modules to which some go. Taken before a load, for `learn`."""
+    written = {placement.module_of[name] for name in placement.written}
+    live = target.live()
+    names = [
+        name
+        for name, module in placement.module_of.items()
+        if module in written and name not in placement.written and name in live
+    ]
+    return whole_checksums({name: live[name] for name in names})
+
+
 def learn(
-    target: Target, placement: Placement, expected: Sequence[Expected], shapes: Mapping[str, Shape]
+    target: Target,
+    placement: Placement,
+    expected: Sequence[Expected],
+    shapes: Mapping[str, Shape],
+    before: Mapping[str, int],
 ) -> dict[str, str]:
     """Engine name -> why it does not hold what was loaded, as it was loaded (`expected`).
 
     Adds to `placement.opaque` each module of which that is true, or whose post-processing makes more than values, or
-    of which nothing can be told. `shapes`: of the HF tensors.
+    of which nothing can be told. `shapes`: of the HF tensors; `before`: what `not_loaded` said before the load.
     """
     live = target.live()
     changed = compare_in_place(expected, live, placement.formats, shapes)
     for name, reason in changed.items():
         placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
     written = {placement.module_of[name] for name in placement.written}
-    for module, reason in guarded(target.remade, "say what it made").items():
+    after = not_loaded(target, placement)
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            placement.opaque.setdefault(placement.module_of[name], f"{name}: made of what is loaded")
+    for name in live:
+        module = name.rpartition(".")[0]
+        if module in written and name not in placement.formats:
+            placement.opaque.setdefault(module, f"{name}: made after loading")
+    for module, reason in target.remade().items():
         if module in written:
             placement.opaque.setdefault(module, reason)
     for module in constant_modules(live, placement, target.processed_modules() - placement.opaque.keys()):

@@ -7,10 +7,11 @@ sent only if something moved (an offload, a `.data` swap, an optimizer that allo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 
 import torch
 
-from mbridge.live import pointers
+from mbridge.live import reader
 from mbridge.pieces import Piece, TensorSpec
 
 from .errors import PlanMismatchError, SyncError
@@ -46,8 +47,8 @@ class Lender:
         local = {name: i for i, name in enumerate(self._names)}
         self._planned = [(sources[name].dtype, sources[name].numel()) for name in self._names]
         self._devices = {sources[name].device for name in self._names}
-        self._read_pointers = pointers(sources, self._names)
-        self._addresses: list[int] = []
+        self._read = reader(sources, self._names)
+        self._places: list[Sequence[object]] = []
         self._stamp = transport.stamp()
         self._is_looked_at = False  # in this refit, in step 0
         self._loan = self._lend()  # the last one
@@ -75,7 +76,7 @@ class Lender:
     def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
         """Use these local tensors until `end`."""
         if sources is not self._sources:
-            self._sources, self._read_pointers = sources, pointers(sources, self._names)
+            self._sources, self._read = sources, reader(sources, self._names)
 
     def fill(self, bucket: int) -> Loan | None:
         """Step 0: finish this rank's writes to its parameters. Where they are now, if they moved. Raises SyncError.
@@ -99,7 +100,7 @@ class Lender:
 
     def _look(self, stamp: object) -> None:
         """Lend anew if something moved."""
-        is_same = self._current() == self._addresses
+        is_same = self._current() == self._places
         if not (is_same and (stamp == self._stamp or self._transport.is_current(self._loan.segments))):
             loan = self._lend()
             if loan != self._loan:
@@ -111,12 +112,15 @@ class Lender:
         if succeeded:
             self._unconfirmed = None
 
-    def _current(self) -> list[int]:
+    def _current(self) -> list[Sequence[object]]:
+        """Where the tensors are, and how they lie there: for each aspect, of all tensors."""
         try:
-            return self._read_pointers()
+            tensors = self._read()
         except KeyError as error:
             name = str(error.args[0])
             raise PlanMismatchError(f"the models no longer have local tensor {name!r}", tensor=name) from error
+        aspects = (torch.Tensor.data_ptr, torch.Tensor.size, torch.Tensor.stride, attrgetter("dtype"))
+        return [list(map(aspect, tensors)) for aspect in aspects]
 
     def _lend(self) -> Loan:
         tensors = {}
@@ -138,5 +142,5 @@ class Lender:
                 )
             tensors[name] = tensor
         lent = self._transport.lend(tensors)
-        self._addresses = self._current()  # after lending, which may move CPU memory once
+        self._places = self._current()  # after lending, which may move CPU memory once
         return Loan(list(lent.segments), [lent.places[name] for name in self._names])

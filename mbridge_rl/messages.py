@@ -87,7 +87,7 @@ class Loaded(Message, frozen=True):
 
 
 class Applied(Message, frozen=True):
-    """Everything is written and checked; the worker waits for Commit."""
+    """All that writes weights is done or under way in the device's own order; the worker waits for Check or Commit."""
 
     attempt: int
     seconds: float

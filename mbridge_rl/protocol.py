@@ -14,8 +14,8 @@ One refit, seen from rank 0 (peers are trainer ranks, itself included, and engin
     DONE
 
 Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written,
-so the engine resumes what it served; from STREAM on it is stale and stays paused. `Refit` takes events and returns
-actions: whoever drives it (conductor.py; a test) owns all I/O.
+so the engine resumes what it served; from STREAM on it is stale and stays paused, or is paused again. `Refit` takes
+events and returns actions: whoever drives it (conductor.py; a test) owns all I/O.
 
 A refit that moves nothing (`moves=False`: `WeightSyncer.verify`) runs the same way for the version that the engine has:
 workers go from STREAM to CHECK at once, what is wrong is noted instead of failing, and nothing is published.
@@ -51,7 +51,6 @@ from .messages import (
 
 NUM_SLOTS_IN_FLIGHT = 2
 NUM_DIRECT_STEPS = 2  # "buckets" of the direct path, one after the other
-DRAIN_S = 10.0  # how long a failing refit waits for the engine's own calls to come back
 REPORT_S = 2.0  # how long after the engine's last call its workers' last messages may arrive
 
 
@@ -155,6 +154,7 @@ class Refit:
         self._session_open = False  # UPDATE has been called and CLOSE has not
         self._session_closed = False
         self._resumed = False
+        self._untold: list[Peer] = []  # trainers that do not know yet that the refit failed
         self._settling: set[Peer] = set()  # workers whose device still copies
         self._num_in_flight = num_in_flight
         self._deadline = now + deadline_s
@@ -219,6 +219,7 @@ class Refit:
             return []
         if failure is not None and failure.kind == "EngineGoneError":
             self.state = EngineState.GONE
+        self._resumed |= call is EngineCall.RESUME  # also if it raised: it may have taken effect
         if self.phase is Phase.FAILING:
             return self._drain(now)
         if failure is not None:
@@ -241,7 +242,6 @@ class Refit:
                 self._deadline = now + min(self._deadline_s, REPORT_S)
                 return self._resume_if_committed(now)
             case _:
-                self._resumed = True
                 return self._end_if_settled(now)
 
     def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
@@ -381,9 +381,17 @@ class Refit:
         if self.state is EngineState.UPDATING:
             self.state = EngineState.STALE
         self._enter_phase(Phase.FAILING, now)
-        self._deadline = now + min(self._deadline_s, DRAIN_S)
-        aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in (*self._trainers, *self._workers)]
+        self._deadline = now + self._deadline_s  # a worker may be in the middle of a long load
+        # An engine that serves already may still copy from the trainers: they hear of it once it is paused again.
+        told = self._workers if self._may_serve else (*self._trainers, *self._workers)
+        self._untold = [peer for peer in self._trainers if peer not in told]
+        aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in told]
         return aborts + self._drain(now)
+
+    @property
+    def _may_serve(self) -> bool:
+        """Whether the engine was resumed, or may be by the time its call comes back, without being settled."""
+        return self.state is EngineState.STALE and (self._resumed or self._engine_busy is EngineCall.RESUME)
 
     def _drain(self, now: float) -> list[Action]:
         """Bring the engine's calls to an end: close the update session, or resume what was only paused."""
@@ -394,6 +402,9 @@ class Refit:
         if self._session_open:
             self._session_open = False
             return [self._call(EngineCall.CLOSE)]
+        if self._may_serve:
+            self._resumed = False
+            return [self._call(EngineCall.PAUSE)]
         if self._resume_on_failure and self.state is EngineState.SERVING:
             self._resume_on_failure = False
             return [self._call(EngineCall.RESUME)]
@@ -401,7 +412,8 @@ class Refit:
 
     def _end(self, now: float) -> list[Action]:
         self._enter_phase(Phase.FAILED, now)
-        return []
+        untold, self._untold = self._untold, []
+        return [Send(peer, Abort(self.attempt, self.failure)) for peer in untold] if self.failure else []
 
     def _call(self, call: EngineCall) -> Call:
         self._engine_busy = call

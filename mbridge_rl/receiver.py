@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from .bucket_path import BucketPath
@@ -22,7 +23,15 @@ from .buckets import read_set_up
 from .checker import Checker
 from .control import Link, host_id
 from .direct_path import DirectPath
-from .errors import EngineBusyError, EngineMismatchError, EngineStaleError, ProtocolError, SyncError, as_failure
+from .errors import (
+    EngineBusyError,
+    EngineLoadError,
+    EngineMismatchError,
+    EngineStaleError,
+    ProtocolError,
+    SyncError,
+    as_failure,
+)
 from .loading import guarded
 from .messages import (
     Abort,
@@ -64,6 +73,8 @@ class Path(Protocol):
     def extra_bytes(self) -> int: ...
 
     def begin(self) -> None: ...
+
+    def forget(self) -> None: ...
 
     def apply(self, message: Load) -> None: ...
 
@@ -121,7 +132,7 @@ class Receiver:
             link.send(
                 Hello("worker", self._index, os.getpid(), host_id(), self.version, self.is_stale, self._session_open)
             )
-            self._session = self._set_up(link, invitation)
+            self._session = guarded(partial(self._set_up, link, invitation), "connect")
         except SyncError as error:
             link.send(Failed(0, as_failure(error, self._me, "connect")))
             link.close()
@@ -134,18 +145,17 @@ class Receiver:
 
     def run(self, attempt: int, version: int, moves: bool) -> None:
         """The engine's "update" call: start all that writes weights. If nothing moves, there is nothing to do."""
-        self._join_settling()
         session = self._session
         if session is None:
             raise ProtocolError("no trainer is connected to this engine; attach one first")
-        self._running = _Running(session, attempt, version, moves)
-        if not moves:
-            return
-        self.is_stale = True  # until close_session finds a commit
+        running = self._running = _Running(session, attempt, version, moves)
         try:
-            self._stream(self._running)
+            self._join_settling()
+            if moves:
+                self.is_stale = True  # until close_session finds a commit
+                guarded(partial(self._stream, running), "take new weights")
         except SyncError as error:
-            self._fail(self._running, error)
+            self._fail(running, error)
 
     def close_session(self) -> None:
         """The engine's "finish update" call: what was started is finished, checked and committed."""
@@ -154,7 +164,7 @@ class Receiver:
         if running is None:
             return
         try:
-            self._finish(running)
+            guarded(partial(self._finish, running), "finish a refit")
         except SyncError as error:
             self._fail(running, error)
             return
@@ -163,18 +173,26 @@ class Receiver:
 
     def detach(self) -> None:
         """Let go of the trainer, if there is one."""
-        self._join_settling()
-        if self._session is not None:
-            session, self._session = self._session, None
-            session.link.close()
-            session.path.close()
+        running, self._running = self._running, None
+        if running is not None and running.moves:
+            self._abandon(running.session)
+        session, self._session = self._session, None
+        if session is None:
+            return
+        try:
+            self._join_settling(session)
+        except EngineLoadError as error:
+            _log.error("%s; its memory stays mapped", error)
+            return
+        session.link.close()
+        session.path.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _release_previous(self) -> None:
-        self._join_settling()
         if self._session is None:
             return
+        self._join_settling()
         if not self._session.link.is_released(RELEASE_PATIENCE_S):
             raise EngineBusyError(
                 f"this engine is connected to a living trainer (process {self._session.invitation.pid}); close its "
@@ -239,12 +257,19 @@ class Receiver:
         session.link.send(Committed(attempt, is_settled=wait is None))
         if wait is not None:
             # The link is this thread's until it ends; whoever needs it next joins it first.
-            self._settling = threading.Thread(target=_settle, args=(wait, session.link, attempt), name="mbridge-settle")
+            self._settling = threading.Thread(
+                target=_settle, args=(wait, session.link, attempt), name="mbridge-settle", daemon=True
+            )
             self._settling.start()
 
-    def _join_settling(self) -> None:
-        if self._settling is not None:
-            self._settling.join()
+    def _join_settling(self, session: _Session | None = None) -> None:
+        """Raises EngineLoadError if the device is still at it after the deadline: it hangs."""
+        session = session or self._session
+        if self._settling is not None and session is not None:
+            patience_s = session.invitation.deadline_s + GRACE_S
+            self._settling.join(patience_s)
+            if self._settling.is_alive():
+                raise EngineLoadError(f"the device has not finished the last refit's copies after {patience_s:g} s")
             self._settling = None
 
     def _fail(self, running: _Running, error: SyncError) -> None:
@@ -252,10 +277,11 @@ class Receiver:
         self._running = None
         if running.moves:
             _log.error("refit %d failed, the engine is stale: %s", running.attempt, error)
-            self._abandon()
+            self._abandon(running.session)
         running.session.link.send(Failed(running.attempt, as_failure(error, self._me, "stream")))
 
-    def _abandon(self) -> None:
+    def _abandon(self, session: _Session) -> None:
+        session.path.forget()
         try:
             guarded(self._target.abandon, "abandon the update")
         except SyncError as error:

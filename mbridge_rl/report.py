@@ -29,7 +29,9 @@ class VerifyReport:
         return not self.wrong
 
     def __str__(self) -> str:
-        verdict = "all equal" if self.ok else f"{len(self.wrong)} WRONG: {', '.join(list(self.wrong)[:5])}"
+        verdict = "all equal" if self.num_compared else "NOTHING could be compared"
+        if self.wrong:
+            verdict = f"{len(self.wrong)} WRONG: {', '.join(list(self.wrong)[:5])}"
         return (
             f"compared {self.num_compared} of {self.num_tensors} tensors in {self.seconds:.2f} s: {verdict}; "
             f"{len(self.unchecked)} could not be compared"

@@ -80,7 +80,7 @@ class WeightSyncer:
             everything there, and shared memory would have to hold the model).
         deadline_s: longest time without progress, in any wait, before a refit fails on all ranks.
         bucket_bytes: size of a bucket; two are allocated. By default chosen from the model's size.
-        reset_prefix_cache: drop what the engine cached of older weights, after each commit.
+        reset_prefix_cache: drop what the engine cached of older weights, in each refit, while it is paused.
         in_flight: "wait" for requests in flight before a refit, "abort" them, or "keep" them (they go on with the new
             weights).
         group: process group of the trainer ranks, by default the whole job. Used only here.
@@ -116,6 +116,7 @@ class WeightSyncer:
         self.layout: Layout
         self._bridge, self._models, self._deadline_s = bridge, models, deadline_s
         self._attempt, self._closed = 0, False
+        self._num_sampled = 0  # how many checks were of a sample: each is of the next one
         self._slots: Transport | None = None
         self._mover: Filler | Lender
         self._live: Mapping[str, torch.Tensor] = {}
@@ -288,7 +289,8 @@ class WeightSyncer:
             source = Source(self._begin, self._fill, self._totals)
             if isinstance(self._side, Conductor):
                 num_shares = NUM_SHARES if verify == "sampled" else 1
-                check = None if verify is None else (self._attempt % num_shares, num_shares)
+                check = None if verify is None else (self._num_sampled % num_shares, num_shares)
+                self._num_sampled += verify == "sampled"
                 done = self._side.run(self._attempt, version, source, moves=moves, check=check)
             else:
                 done = self._side.run(self._attempt, version, source)

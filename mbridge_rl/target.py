@@ -32,6 +32,10 @@ class Target(ABC):
         """Find out, without changing anything, what the loader does with `tensors`. Raises EngineMismatchError."""
 
     @abstractmethod
+    def rehearse(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+        """What the loader would do with `tensors`, which need not be all. Changes nothing."""
+
+    @abstractmethod
     def begin(self, modules: frozenset[str] | None = None) -> None:
         """A refit starts: from here until `finish` or `abandon` the model may be torn.
 

@@ -74,8 +74,9 @@ class EngineThread:
 
     def _run(self) -> None:
         while (call := self._calls.get()) is not None:
-            self._returned = _outcome(call)
-            self._idle.set()
+            returned = _outcome(call)
+            self._idle.set()  # first: once the result is there, the next call may start
+            self._returned = returned
             self._wake()
 
 

@@ -1,6 +1,6 @@
 """The seam between a refit and an engine, as trainer rank 0 drives it.
 
-Only rank 0 holds an `Engine`. The syncer makes its calls one at a time, each in a thread of its own, in this order:
+Only rank 0 holds an `Engine`. The syncer makes its calls one at a time, in one thread of its own, in this order:
 
     attach                                                        once, when the syncer is built
     pause, update, reset_cache, close_session, publish, resume    each refit that succeeds

@@ -18,7 +18,7 @@ from ..errors import EngineMismatchError
 from ..messages import Invitation
 from ..placement import place
 from ..receiver import Receiver
-from ..recorder import dry_run
+from ..recorder import DryRun, dry_run
 from ..target import Examined, Target, device_event
 from .base import Engine, InFlight
 
@@ -91,18 +91,28 @@ class ModuleTarget(Target):
                 )
         return Examined(found, placement)
 
+    def rehearse(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+        return dry_run(self._load, tensors)
+
     def begin(self, modules: frozenset[str] | None = None) -> None:
         """Writes go straight into the module."""
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         with torch.no_grad():
-            return self._load(tensors) or set()
+            loaded = self._load(tensors) or set()
+        wait = self.pending()
+        if wait is not None:
+            wait()  # the tensors are overwritten next
+        return loaded
 
     def finish(self) -> None:
         """A plain module post-processes nothing."""
 
     def abandon(self) -> None:
         """Nothing was begun."""
+        wait = self.pending()
+        if wait is not None:
+            wait()  # what was lent may be let go of next
 
     def pending(self) -> Callable[[], None] | None:
         return device_event(self.device)

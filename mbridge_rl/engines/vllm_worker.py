@@ -8,7 +8,8 @@ and kernel tensors keep their addresses. From vLLM 0.26 on the base class leaves
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import msgspec
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers import attention
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -30,7 +32,7 @@ from ..errors import EngineMismatchError
 from ..messages import Invitation
 from ..placement import place
 from ..receiver import Receiver
-from ..recorder import Loader, dry_run
+from ..recorder import DryRun, Loader, dry_run
 from ..target import Examined, Target, device_event
 
 # Of torch.nn.Module itself: what a reload replaces and puts back.
@@ -40,7 +42,7 @@ PLAIN = (bool, int, float, str, bytes, tuple, list, dict, set, frozenset, torch.
 
 @dataclass
 class MBridgeInitInfo(WeightTransferInitInfo):
-    """Fields of `protocol.Invitation`, as JSON."""
+    """Fields of `messages.Invitation`, as JSON."""
 
     invitation: dict[str, Any]
 
@@ -116,29 +118,17 @@ class VLLMTarget(Target):
         self._tied: list[torch.nn.Module] = []
         self._aside: list[tuple[Any, Any, Any]] = []  # fused-MoE methods with their kernel and its quantisation config
         self._before: dict[str, list[tuple[str, object]]] = {}
-        # Attention that computes with matrices made of another module's weights (MLA's kv_b_proj).
-        self._deriving = [
-            module
-            for module in self._modules.values()
-            if isinstance(module, Attention | MLAAttention)
-            and any(True for child in module.children() for _ in child.parameters())
-        ]
+        # Attention may compute with what it made of other modules' weights (MLA's kv_b_proj, sinks), so vLLM's own
+        # reload processes all of it again, whatever was loaded.
+        self._attention = [module for module in self._modules.values() if _is_deferred(module)]
 
     def examine(self, tensors: tuple[TensorSpec, ...]) -> Examined:
         aliases = _aliases(self._model)
-        with set_current_vllm_config(self._vllm_config), torch.no_grad():
-            initialize_layerwise_reload(self._model)
-            try:
-                # The loaders themselves, without reload's wrappers, which would process a layer when its tensors are
-                # there.
-                for module in self._model.modules():
-                    for tensor in (*module._parameters.values(), *module._buffers.values()):
-                        _unwrap_loader(tensor)
-                wanted = {name for name, _ in self._model.named_parameters()}
-                found = dry_run(self._load_weights, tensors)
-                placement = place(found, LiveTensors.of(self._model), self._module_of())
-            finally:
-                self.abandon()
+        with self._in_load_format():
+            wanted = {name for name, _ in self._model.named_parameters()}
+            found = dry_run(self._load_weights, tensors)
+            there = LiveTensors.of(self._model)
+            placement = place(found, there, {name: name.rpartition(".")[0] for name in (*self._live, *there)})
         # As vLLM's own loader does, of unquantised models: others have parameters that nothing is loaded to.
         if self._model_config.quantization is None:
             shared = {alias for name in placement.written for alias in aliases.get(name, ())}
@@ -161,6 +151,25 @@ class VLLMTarget(Target):
                 placement.module_of.values(), "EPLB moves experts while the engine serves"
             )
         return Examined(found, placement)
+
+    def rehearse(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+        with self._in_load_format():
+            return dry_run(self._load_weights, tensors)
+
+    @contextmanager
+    def _in_load_format(self) -> Iterator[None]:
+        """Inside, the model has the parameters that its loaders want, without data; the live ones come back after."""
+        with set_current_vllm_config(self._vllm_config), torch.no_grad():
+            initialize_layerwise_reload(self._model)
+            try:
+                # The loaders themselves, without reload's wrappers, which would process a layer when its tensors are
+                # there.
+                for module in self._model.modules():
+                    for tensor in (*module._parameters.values(), *module._buffers.values()):
+                        _unwrap_loader(tensor)
+                yield
+            finally:
+                self.abandon()
 
     def begin(self, modules: frozenset[str] | None = None) -> None:
         self.kept_bytes = 0
@@ -201,8 +210,8 @@ class VLLMTarget(Target):
             if isinstance(quant_method, QuantizeMethodBase):
                 quant_method.process_weights_after_loading(module)
         if self._is_partial:
-            for attention in self._deriving:
-                attention.process_weights_after_loading(self._model_config.dtype)
+            for layer in self._attention:
+                layer.process_weights_after_loading(self._model_config.dtype)
 
     def abandon(self) -> None:
         # Forget what reload has kept of incomplete layers; finalize then puts their live tensors back as they are.
@@ -226,8 +235,7 @@ class VLLMTarget(Target):
         return {
             path
             for path, module in self._modules.items()
-            if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase)
-            or isinstance(module, Attention | MLAAttention)
+            if isinstance(getattr(module, "quant_method", None), QuantizeMethodBase) or _is_deferred(module)
         }
 
     def remade(self) -> dict[str, str]:
@@ -239,9 +247,6 @@ class VLLMTarget(Target):
                 found[path] = f"after loading vLLM makes {', '.join([*other, *now][:3])} anew"
         self._before.clear()
         return found
-
-    def _module_of(self) -> dict[str, str]:
-        return {name: name.rpartition(".")[0] for name in self._live}
 
     def _set_packing_kernels_aside(self) -> None:
         """Let unquantised MoE layers whose kernel packs its weights (on CPU) be packed again.
@@ -277,6 +282,12 @@ class VLLMTarget(Target):
                     ):
                         call.arguments[key] = value.clone()
                         self.kept_bytes += value.nbytes
+
+
+def _is_deferred(module: torch.nn.Module) -> bool:
+    """Whether vLLM processes it after all other modules. vLLM says so itself from 0.27 on."""
+    known = getattr(attention, "is_deferred_attention_layer", None)
+    return bool(known(module)) if known is not None else isinstance(module, Attention | MLAAttention)
 
 
 class Selection(list[torch.nn.Module]):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import pytest
 import torch
 from torch import nn
 
-from mbridge.live import LiveTensors, pointers
+from mbridge.live import LiveTensors, reader
+
+
+def pointers(tensors: Mapping[str, torch.Tensor], names: Sequence[str]) -> Callable[[], list[int]]:
+    """Reads, at each call, where the tensors are then."""
+    read = reader(tensors, names)
+    return lambda: [tensor.data_ptr() for tensor in read()]
 
 
 class Block(nn.Module):

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
+from mbridge.pieces import TensorSpec
 from mbridge_rl.engines.module import ModuleEngine, ModuleTarget
 from mbridge_rl.receiver import Receiver
+from mbridge_rl.recorder import DryRun, dry_run
 
 Tensors = dict[str, torch.Tensor]
 CACHE_REPLACED = "its cache was replaced"
@@ -93,6 +95,9 @@ class Processing(ModuleTarget):
         self.modules: frozenset[str] | None = None
         self.loaded: list[str] = []  # HF names of the last refit
         self.after_finish: Callable[[], None] | None = None  # called once
+
+    def rehearse(self, tensors: tuple[TensorSpec, ...]) -> DryRun:
+        return dry_run(Model(self.model.keeps).load_weights, tensors)  # one that nothing has been done to
 
     def begin(self, modules: frozenset[str] | None = None) -> None:
         self.modules, self.loaded = modules, []
