@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from mbridge.pieces import Copy, Piece, Region, Shape
+from mbridge.pieces import Copy, Piece, Region, Shape, first_overlap, row_major
 
 from .checksum import checksums, hf_region
 from .recorder import DryRun, engine_pieces, storage_key
+from .views import NotABox, boxes_of_view
 
 
 class Format(NamedTuple):
@@ -68,11 +70,14 @@ def place(found: DryRun, tensors: Mapping[str, torch.Tensor], module_of: Mapping
         if tensor.numel():
             homes[storage_key(tensor)].setdefault(_span(_region_of(tensor)), name)  # tied ones are one
     pieces, strays = _owned_pieces(found, homes)
-    computed = {**found.opaque, **strays}
+    formats = {name: Format.of(tensor) for name, tensor in tensors.items()}
+    twice = _written_twice(pieces, formats)
+    pieces = [piece for piece in pieces if piece.hf_name not in twice]
+    computed = {**found.opaque, **strays, **twice}
     written = found.by_destination()
     placement = Placement(
         tuple(pieces),
-        {name: Format.of(tensor) for name, tensor in tensors.items()},
+        formats,
         module_of,
         computed=frozenset(computed),
         written=frozenset(name for key in written for name in homes.get(key, {}).values()),
@@ -110,6 +115,31 @@ def _owned_pieces(
             inside = Region(region.offset - home[0], region.shape, region.stride)
             pieces.append(Piece(piece.hf_name, piece.box, spans[home], inside))
     return [piece for piece in pieces if piece.hf_name not in strays], strays
+
+
+def _written_twice(pieces: Sequence[Piece], formats: Mapping[str, Format]) -> dict[str, str]:
+    """HF name -> reason, of those that the loader copies to elements to which it copies others: the order matters."""
+    by_name: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_name[piece.local_name].append(piece)
+    found: dict[str, str] = {}
+    for name, own in by_name.items():
+        spans = sorted(_span(piece.region) for piece in own)
+        if all(a[1] < b[0] for a, b in pairwise(spans)):
+            continue
+        kept = formats[name]
+        try:
+            boxes = [
+                box
+                for piece in own
+                for box, _ in boxes_of_view(kept.shape, piece.region.offset, piece.region.shape, piece.region.stride)
+            ]
+        except NotABox:
+            boxes = []
+        is_told = kept.stride == row_major(kept.shape) and len({len(box.start) for box in boxes}) == 1
+        if not is_told or first_overlap(boxes) is not None:
+            found |= {piece.hf_name: f"several tensors go to the same elements of {name}" for piece in own}
+    return found
 
 
 def _region_of(tensor: torch.Tensor) -> Region:

@@ -697,7 +697,9 @@ def test_a_refit_that_failed_in_the_engines_loader_is_repaired_by_the_next() -> 
         for step, moment in ((2, "begin"), (4, "finish")):
             bridge.tensors = processing.weights(step)
             broken = setattr_once(engine.target, moment)
-            with pytest.raises(EngineLoadError, match="the engine failed to (take new weights|finish a refit): ValueError: broken"):
+            with pytest.raises(
+                EngineLoadError, match="the engine failed to (take new weights|finish a refit): ValueError: broken"
+            ):
                 sync.sync()
             assert broken
             assert engine.state is EngineState.STALE

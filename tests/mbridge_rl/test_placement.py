@@ -330,3 +330,32 @@ def test_constant_modules() -> None:
     assert constant(out=nearly) == set()
     assert constant(out=torch.full((6, 4), float("nan"))) == set()
     assert constant({"attention"}, out=torch.ones(6, 4)) == set()
+
+
+class Overwriting(nn.Module):
+    """`a` goes to all of its parameter, `b` to rows of it afterwards; odd and even columns of the other do not meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Module(), nn.Module()
+        self.first.register_buffer("weight", torch.zeros(4, 6))
+        self.second.register_buffer("weight", torch.zeros(4, 6))
+
+    def load_weights(self, tensors: Named) -> set[str]:
+        for name, tensor in tensors:
+            first, second = self.first.get_buffer("weight"), self.second.get_buffer("weight")
+            into = {"a": first, "b": first[1:3], "odd": second[:, 1::2], "even": second[:, ::2]}[name]
+            into.copy_(tensor)
+        return {"first.weight", "second.weight"}
+
+
+def test_elements_that_are_written_twice_are_left_to_the_loader() -> None:
+    engine = Overwriting()
+    shapes = {"a": (4, 6), "b": (2, 6), "odd": (4, 3), "even": (4, 3)}
+    placement = placed(
+        engine, engine.load_weights, tuple(TensorSpec(n, shape, torch.float32) for n, shape in shapes.items())
+    )
+    assert placement.computed == {"a", "b"}
+    assert list(placement.opaque) == ["first"]
+    assert "same elements of first.weight" in placement.opaque["first"]
+    assert {piece.hf_name for piece in placement.pieces} == {"odd", "even"}
