@@ -698,7 +698,7 @@ def test_a_refit_that_failed_in_the_engines_loader_is_repaired_by_the_next() -> 
             bridge.tensors = processing.weights(step)
             broken = setattr_once(engine.target, moment)
             with pytest.raises(
-                EngineLoadError, match="the engine failed to (take new weights|finish a refit): ValueError: broken"
+                EngineLoadError, match=r"the engine failed to (take new weights|finish a refit): ValueError: broken"
             ):
                 sync.sync()
             assert broken
