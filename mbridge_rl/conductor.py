@@ -292,7 +292,7 @@ class Conductor:
             self._pump(refit, mine, source)
             raise
         finally:
-            self._settle(refit)
+            self._conclude(refit)
         if refit.failure is not None:
             raise raised(refit.failure)
         done = Done(attempt, refit.version, self._stats(refit))
@@ -391,7 +391,7 @@ class Conductor:
             self.engine.publish(refit.version)
         self.engine.resume()
 
-    def _settle(self, refit: Refit) -> None:
+    def _conclude(self, refit: Refit) -> None:
         """What this refit leaves for the next."""
         self.engine.state, self.engine.failure = refit.state, refit.failure
         if refit.failure is None and refit.moves:

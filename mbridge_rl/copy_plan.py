@@ -99,10 +99,6 @@ class CopyTable:
         return len(self.copies)
 
     @property
-    def num_copies(self) -> int:
-        return len(self.copies)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes written."""
         sizes = _itemsizes(self.destinations)[self.copies["destination_tensor"]]

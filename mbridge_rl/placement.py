@@ -46,10 +46,6 @@ class Placement:
     computed: frozenset[str] = frozenset()  # HF names with which the loader does more than copy
     written: frozenset[str] = frozenset()  # engine names that the loader writes anything to
 
-    def direct_pieces(self) -> list[Piece]:
-        """Pieces in modules that can be written from outside."""
-        return [piece for piece in self.pieces if self.module_of[piece.local_name] not in self.opaque]
-
     def reloaded_names(self) -> set[str]:
         """HF names that the engine's own loader has to see."""
         opaque = {piece.hf_name for piece in self.pieces if self.module_of[piece.local_name] in self.opaque}

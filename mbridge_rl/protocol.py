@@ -248,11 +248,10 @@ class Refit:
         """A peer's process is gone."""
         if peer.role == "worker":
             self.state = EngineState.GONE
-            failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), self._blame)
+            failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), str(self.phase))
         else:
-            failure = Failure(
-                "TrainerLostError", f"{peer} {how}; build a new WeightSyncer on the survivors", str(peer), self._blame
-            )
+            text = f"{peer} {how}; build a new WeightSyncer on the survivors"
+            failure = Failure("TrainerLostError", text, str(peer), str(self.phase))
         self.lost_peer = self.lost_peer or failure
         if self.phase is Phase.FAILING and peer.role == "worker":
             return self._end(now)  # its calls will not come back
@@ -284,10 +283,6 @@ class Refit:
         elif not waits:
             waits.append(f"{_names(self._missing or self._settling) or 'the engine'} to finish")
         return ", ".join(waits)
-
-    @property
-    def _blame(self) -> str:
-        return str(self.phase)
 
     def _entered(self, peer: Peer, version: int, now: float) -> list[Action]:
         self._missing.discard(peer)

@@ -26,8 +26,8 @@ class LocalTensor:
     `name` is relative to the bare model of chunk `chunk` (no `module.` of a wrapper) and holds the layer's number
     within that chunk. `global_layer` is the layer's number in the whole model, from 0, and None outside layers; for
     `mtp.layers` it is the depth, from 0. `tensor` is the `nn.Parameter` or buffer that was found: its storage may be
-    replaced by an optimizer or an offload, and the object itself by another, so rather than keeping tensors keep this
-    and ask for `current`. `holder[key]` is where the module keeps it: its dict of parameters or of buffers.
+    replaced by an optimizer or an offload, and the object itself by another, so rather than keeping tensors look at
+    `holder[key]`: where the module keeps it, its dict of parameters or of buffers.
     """
 
     chunk: int
@@ -36,14 +36,6 @@ class LocalTensor:
     tensor: torch.Tensor
     holder: Mapping[str, torch.Tensor | None] = field(repr=False, compare=False)
     key: str
-
-    @property
-    def current(self) -> torch.Tensor:
-        """What the module holds under this name now. Looked up, not searched. Raises ModelError if it is gone."""
-        tensor = self.holder.get(self.key)
-        if tensor is None:
-            raise ModelError(f"chunk {self.chunk} had a tensor {self.name!r} when it was walked, and has none now")
-        return tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -92,7 +92,6 @@ def test_pieces_lead_from_every_element_to_where_the_loader_puts_it() -> None:
     assert placement.unwritten() == {"padded.weight": 3}
     assert placement.written == {f"{m}.weight" for m in ("attention", "projection", "padded", "cast")}
     assert (placement.opaque, placement.computed, placement.reloaded_names()) == ({}, frozenset(), set())
-    assert placement.direct_pieces() == list(placement.pieces)
 
 
 def test_an_opaque_module_takes_all_its_hf_names_to_the_loader_and_no_others() -> None:
@@ -100,11 +99,6 @@ def test_an_opaque_module_takes_all_its_hf_names_to_the_loader_and_no_others() -
     placement = placed(engine, engine.load_weights, SPECS)
     placement.opaque["attention"] = "why not"
     assert placement.reloaded_names() == {"q", "k"}
-    assert {piece.local_name for piece in placement.direct_pieces()} == {
-        "projection.weight",
-        "padded.weight",
-        "cast.weight",
-    }
 
 
 def test_what_the_loader_computes_makes_its_module_opaque() -> None:
