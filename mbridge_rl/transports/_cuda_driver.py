@@ -87,10 +87,15 @@ class Driver:
 
     def allocation_at(self, address: int) -> Allocation:
         """The allocation that holds `address`."""
-        base, num_bytes, number = c_uint64(), c_size_t(), c_uint64()
+        base, num_bytes = c_uint64(), c_size_t()
         self._call("cuMemGetAddressRange_v2", byref(base), byref(num_bytes), address)
-        self._call("cuPointerGetAttribute", byref(number), _POINTER_ATTRIBUTE_BUFFER_ID, base)
-        return Allocation(base.value, num_bytes.value, number.value)
+        return Allocation(base.value, num_bytes.value, self.number_at(base.value))
+
+    def number_at(self, address: int) -> int:
+        """The number of the allocation that holds `address`: no other one of this process ever has it."""
+        number = c_uint64()
+        self._call("cuPointerGetAttribute", byref(number), _POINTER_ATTRIBUTE_BUFFER_ID, c_uint64(address))
+        return number.value
 
     def export(self, base: int) -> bytes:
         """The handle by which other processes open the allocation at `base`; each time the same."""

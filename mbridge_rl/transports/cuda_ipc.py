@@ -110,7 +110,7 @@ class CudaIpc(Transport):
             for device, own in by_device.items():
                 with driver().context_of(_index_of(device)):
                     for segment in own:
-                        if driver().allocation_at(int(segment["base"])).number != segment["allocation"]:
+                        if driver().number_at(int(segment["base"])) != segment["allocation"]:
                             return False
         except TransportError:  # it was freed
             return False
