@@ -300,7 +300,7 @@ class WeightSyncer:
         return done
 
     def _begin(self) -> None:
-        """Look the sources up afresh: they may have moved since the last refit."""
+        """Read the sources afresh from the modules that held them when the syncer was built: they may have moved."""
         self._mover.begin(self._live)
 
     def _fill(self, bucket: int) -> Loan | None:

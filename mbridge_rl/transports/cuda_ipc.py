@@ -93,11 +93,13 @@ class CudaIpc(Transport):
 
     @classmethod
     def stamp(cls) -> object:
+        # How many segments torch's allocator has freed, and allocated: `reset_accumulated_memory_stats` sets both to 0.
         try:
-            return [
-                torch.cuda.memory_stats_as_nested_dict(index)["segment"]["all"]["freed"]
+            segments = [
+                torch.cuda.memory_stats_as_nested_dict(index)["segment"]["all"]
                 for index in range(torch.cuda.device_count())
             ]
+            return [(segment["freed"], segment["allocated"]) for segment in segments]
         except (RuntimeError, KeyError):  # an allocator that does not count
             return object()
 

@@ -248,8 +248,13 @@ def check_reallocated(child: Child) -> str:
         child.ask(do="map", segments=lent.segments)
         read_equal(child, lent, tensors)
         child.ask(do="close", segments=lent.segments)
+        stamp = CudaIpc.stamp()
+        assert CudaIpc.is_current(lent.segments)
+        assert CudaIpc.stamp() == stamp, "nothing was freed, and the stamp has changed"
         del tensors
         torch.cuda.empty_cache()
+        assert CudaIpc.stamp() != stamp, "memory was freed, and the stamp is the same"
+        assert not CudaIpc.is_current(lent.segments), "memory that was freed passes for what was lent"
     handles = len({address["handle"] for address in addresses})
     return f"{same_base} of 3 at a base that was used before; {handles} handles for 4 allocations"
 
