@@ -16,15 +16,27 @@ CONSTANT = "all its values are equal, so that what happens to them after loading
 
 
 def not_loaded(target: Target, placement: Placement) -> dict[str, int]:
-    """Checksums of what no HF tensor goes to, in modules to which some go. Taken before a load, for `learn`."""
+    """Checksums of what no HF tensor goes to, in modules to which some go. Taken before a load, for `learn`.
+
+    Not of a tensor that another module holds too, by the name that is written: it is the same memory (vLLM's routed
+    experts hold their router's bias).
+    """
     written = {placement.module_of[name] for name in placement.written}
     live = target.live()
+    loaded = {_memory(live[name]) for name in placement.written if name in live}
     names = [
         name
         for name, module in placement.module_of.items()
-        if module in written and name not in placement.written and name in live
+        if module in written
+        and name not in placement.written
+        and name in live
+        and not (live[name].numel() and _memory(live[name]) in loaded)
     ]
     return whole_checksums({name: live[name] for name in names})
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def learn(

@@ -35,6 +35,7 @@ from mbridge_rl.learning import CONSTANT
 from mbridge_rl.lender import Lender
 from mbridge_rl.messages import Check, Invitation, Lends, Loan
 from mbridge_rl.protocol import NUM_DIRECT_STEPS, EngineState
+from mbridge_rl.receiver import Receiver
 from mbridge_rl.syncer import Way
 from mbridge_rl.testing import WholeBridge
 from mbridge_rl.transports.shared_memory import SharedMemory
@@ -676,6 +677,30 @@ def test_exactly_the_opaque_modules_are_reloaded(keeps: bool) -> None:
         "added": "added.weight: add",
         **(dict.fromkeys(("kept", "padded", "derived"), kept) if keeps else {}),
     }
+
+
+def test_what_a_module_shares_with_another_or_derives_from_it() -> None:
+    """Shared memory is written under its other name; a module with something made of weights is reloaded."""
+    engine = ProcessingEngine()
+    model = engine.model
+    model.fused.register_parameter("shared", model.norm.weight)  # as vLLM's routed experts hold their router's bias
+    model.cast.register_buffer("derived", torch.zeros_like(model.norm.weight), persistent=False)
+    engine.target = processing.Processing(model)
+    engine.receiver = Receiver(engine.target, 0)
+
+    def derive() -> None:
+        with torch.no_grad():
+            model.cast.derived.copy_(model.norm.weight * 2)
+
+    engine.target.after_finish = derive
+    bridge = WholeBridge(processing.weights(1))
+    with Spy(bridge, engine) as sync:
+        sync.sync()
+        bridge.tensors = processing.weights(2)
+        reasons = sync.sync().reasons
+    assert "fused" not in reasons
+    assert reasons["cast"] == "cast.derived: made of what is loaded"
+    assert torch.equal(model.fused.get_parameter("shared"), bridge.tensors["norm.weight"])
 
 
 def test_values_that_differ_show_what_happens_to_them() -> None:
