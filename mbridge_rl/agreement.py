@@ -7,8 +7,8 @@ same error on every rank and never a hang.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 import torch
@@ -35,7 +35,14 @@ class Offer(msgspec.Struct, frozen=True):
     host: str = ""
     endpoint: str = ""
     token: str = ""
-    address: dict[str, str | int] = {}
+    lanes: dict[int, tuple[str, str]] = {}  # lane -> path and transport
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """What one rank tells the others later, while lanes are opened."""
+
+    failure: Failure | None = None
+    values: dict[int, Any] = {}  # by lane
 
 
 def agree(mine: Offer, plan: TrainerPlan | None, group: ProcessGroup | None) -> list[Offer]:
@@ -63,6 +70,16 @@ def agree(mine: Offer, plan: TrainerPlan | None, group: ProcessGroup | None) -> 
     for spec in plan.tensors:
         check_cover(spec.name, spec.shape, boxes[spec.name])
     return offers
+
+
+def share(failure: Failure | None, values: Mapping[int, Any], group: ProcessGroup | None) -> list[dict[int, Any]]:
+    """Every rank's `values` (plain strings, numbers, lists and dicts by lane), in rank order; or the first failure."""
+    mine = msgspec.msgpack.encode(Shared(failure, dict(values)))
+    everyone = [msgspec.msgpack.decode(payload, type=Shared) for payload in exchange(mine, group)]
+    for shared in everyone:
+        if shared.failure is not None:
+            raise raised(shared.failure)
+    return [shared.values for shared in everyone]
 
 
 def digest_of(plan_digest: str, layout: Layout, path: str) -> str:

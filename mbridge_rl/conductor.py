@@ -1,350 +1,356 @@
 """Rank 0's side of a syncer: carries out what the state machine of protocol.py decides.
 
-Owns the hub, the engine and the thread of the engine's calls. One loop (`_pump`) turns what happens (messages, deaths,
-engine calls that return, time) into events of the machine, and its actions into messages and calls. Rank 0 is a trainer
-too: its own Fill messages are carried out here, between two looks at the hub.
+Owns the switchboard and the fleet. One loop (`_pump`) turns what happens (messages, deaths, engine calls that return,
+time) into events of the machine, and its actions into messages and calls. Rank 0 is a trainer too: its own Fill
+messages are carried out here, between two looks at the hub. One `run` is as many attempts as it takes: one, unless
+engines fail and are left behind, or are refitted one after the other.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Literal
 
 import msgspec
 
 from mbridge.pieces import TensorSpec
 
-from .control import Hub, Lost, Received, Woken, host_id
-from .engines._thread import EngineThread
+from .control import Hub
 from .engines.base import Engine, InFlight
-from .errors import (
-    DeadlineError,
-    EngineError,
-    EngineGoneError,
-    EngineMismatchError,
-    Failure,
-    SyncError,
-    TrainerLostError,
-    as_failure,
-    raised,
-)
+from .errors import EngineGoneError, EngineStaleError, Failure, SyncError, as_failure, raised
+from .fleet import Fleet, Member
 from .messages import (
     Abort,
-    Alive,
     AnyMessage,
-    Attached,
     Check,
     Checked,
     Connected,
     Done,
     Enter,
-    Failed,
     Fill,
     Filled,
     Goodbye,
-    Hello,
-    Invitation,
+    Grouping,
     Lends,
+    Load,
+    Next,
     Offered,
     SetUp,
     Stats,
 )
-from .protocol import (
-    NUM_DIRECT_STEPS,
-    NUM_SLOTS_IN_FLIGHT,
-    Action,
-    Call,
-    EngineCall,
-    EngineState,
-    Peer,
-    Phase,
-    Refit,
-)
+from .protocol import Action, Call, EngineCall, EngineState, Lane, Peer, Phase, Refit, Send, Taking
 from .source import Source
+from .switchboard import Switchboard
 from .verification import compare
 
 ME = Peer("trainer", 0)
 ORDER = (Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT, Phase.RESUME, Phase.SETTLE, Phase.DONE)
-ATTACH_GRACE_S = 5.0  # how long a worker's answer may take after the engine's own call has returned
-DETACH_S = 5.0
-BEAT_S = 5.0  # how often the others hear that rank 0 still waits; a quarter of the deadline if that is less
-Arrived = Callable[[Peer, AnyMessage], None]
+OnError = Literal["raise", "quarantine"]
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How engines are treated, in every refit."""
+
+    deadline_s: float
+    in_flight: InFlight = "wait"
+    reset_prefix_cache: bool = True
+    on_error: OnError = "raise"
+    rolling: bool = False
+
+
+@dataclass
+class _Attempt:
+    """One attempt under way."""
+
+    refit: Refit
+    source: Source
+    mine: deque[Fill | Check] = field(default_factory=deque)  # messages for rank 0 itself
+    calls_s: dict[str, float] = field(default_factory=dict)
+    last_abort: Abort | None = None  # that trainers were told
 
 
 class Conductor:
     """Connects trainers and engine workers, and conducts refits. Used by one thread."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tensors: Sequence[TensorSpec],
-        *,
-        num_trainers: int,
-        deadline_s: float,
-        in_flight: InFlight,
-        reset_prefix_cache: bool,
-        address: str | None,
-    ) -> None:
-        self.engine, self.hub = engine, Hub(address)
+    def __init__(self, tensors: Sequence[TensorSpec], *, num_trainers: int, options: Options, hub: Hub) -> None:
+        self.hub = hub
+        self.options = options
+        self.version = 0  # the last that was committed
+        self.board = Switchboard(hub, options.deadline_s)
+        self.fleet = Fleet(self.board, options.deadline_s)
+        self.broken: Failure | None = None  # why no later refit can succeed
+        self.copy_limit_gb_s: float | None = None
+        self.lanes: dict[int, Lane] = {}
+        self.store: tuple[str, int, str] | None = None  # host, port and backend of a collective lane
+        self._number = 0  # of the current attempt
+        self._generation, self._grouped = 0, list[tuple[int, int]]()  # of the collective lane's process groups
         self._tensors = tuple(tensors)
-        self._num_trainers, self._deadline_s = num_trainers, deadline_s
-        self._in_flight, self._reset_prefix_cache = in_flight, reset_prefix_cache
-        self._num_workers = self._num_buckets = self._num_in_flight = self._version = 0
-        self._is_attached = False
-        self._routes: dict[Peer, bytes] = {}
-        self._peers: dict[bytes, Peer] = {}
+        self._num_trainers = num_trainers
         # Messages of the next attempt, from a rank that gave up sooner than rank 0 did.
         self._early: list[tuple[Peer, AnyMessage]] = []
-        self._calls = EngineThread(self.hub.wake)
-        self._calls_s: dict[str, float] = {}  # of the last refit
-        self._unwritten: dict[str, int] = {}
-        self._broken: Failure | None = None  # why no later refit can succeed
-        self._copy_limit_gb_s: float | None = None
-        self._beat_s = min(BEAT_S, deadline_s / 4)
-        self._next_beat = 0.0
 
     # --- connecting --------------------------------------------------------------------------------------------------
 
-    def connect(self, set_up: SetUp, copy_limit_gb_s: float | None) -> Connected:
-        """Have all trainers and the engine's workers connect, and tell the trainers. Raises SyncError.
+    def invite(self, engines: Iterable[object]) -> list[Member]:
+        """Have the workers of engines connect, and find out where they are. They wait for `connect`."""
+        return self.fleet.invite(engines)
 
-        If `set_up` holds what rank 0 lends, what the other ranks lend is waited for first.
+    def connect(self, joining: Sequence[Member], set_ups: Mapping[int, SetUp]) -> Connected:
+        """Set up the workers of `joining`, and tell all trainers the outcome. Raises SyncError.
+
+        A set-up that holds what rank 0 lends gets what the other ranks lend.
         """
-        self._copy_limit_gb_s = copy_limit_gb_s
-        if set_up.lends:
-            self._num_buckets, self._num_in_flight = NUM_DIRECT_STEPS, 1
-        else:
-            self._num_buckets, self._num_in_flight = set_up.num_buckets, NUM_SLOTS_IN_FLIGHT
         answer: Connected | Abort
         try:
-            if set_up.lends:
-                set_up = msgspec.structs.replace(set_up, lends=[*set_up.lends, *self._others_lend()])
-            answer = self._attach_workers(set_up)
+            set_ups = self._with_others_loans(set_ups)
+            self.fleet.set_up(joining, set_ups)
+            answer = Connected(max([self.version, *(member.version for member in joining)]))
         except SyncError as error:
             answer = Abort(0, error.failure)
         # Trainers are waited for even after a failure, so that all of them hear of it.
         try:
-            self._wait_until(lambda: len(self._trainers) == self._num_trainers - 1, "every trainer rank to connect")
+            self.board.wait_until(
+                lambda: len(self.board.trainers) == self._num_trainers - 1, "every trainer rank to connect", engines=()
+            )
         except SyncError as error:
             answer = Abort(0, error.failure) if isinstance(answer, Connected) else answer
-        self.hub.hide_endpoint()
-        for peer in self._trainers:
-            self.hub.send(self._routes[peer], answer)
+        self.board.send_all(self.board.trainers, answer)
         if isinstance(answer, Abort):
             raise raised(answer.failure)
-        self._version = answer.version
         return answer
 
-    def _others_lend(self) -> list[Lends]:
+    def _with_others_loans(self, set_ups: Mapping[int, SetUp]) -> Mapping[int, SetUp]:
+        lending = [lane for lane, set_up in set_ups.items() if set_up.lends]
+        if not lending or self._num_trainers == 1:
+            return set_ups
         lends: dict[int, Lends] = {}
 
         def arrived(peer: Peer, message: AnyMessage) -> None:
             if isinstance(message, Offered):
                 lends[peer.index] = message.lends
 
-        self._wait_until(lambda: len(lends) == self._num_trainers - 1, "every trainer rank to lend its memory", arrived)
-        return [lends[rank] for rank in sorted(lends)]
+        what = "every trainer rank to lend its memory"
+        self.board.wait_until(lambda: len(lends) == self._num_trainers - 1, what, arrived)
+        others = [lends[rank] for rank in sorted(lends)]
+        return {
+            lane: msgspec.structs.replace(set_up, lends=[*set_up.lends, *others]) if lane in lending else set_up
+            for lane, set_up in set_ups.items()
+        }
 
-    def _attach_workers(self, set_up: SetUp) -> Connected:
-        invitation = Invitation(self.hub.endpoint, self.hub.token, os.getpid(), host_id(), self._deadline_s)
-        self._num_workers = int(self._call(self.engine.num_workers, "the engine to answer"))
-        if self._num_workers < 1:
-            raise EngineError(f"{self.engine.name} has no workers", phase="connect")
-        hellos: dict[Peer, Hello] = {}
-        unused: dict[Peer, list[str]] = {}
-
-        def arrived(peer: Peer, message: AnyMessage) -> None:
-            if isinstance(message, Hello) and peer.role == "worker":
-                hellos[peer] = message
-                self.hub.send(self._routes[peer], set_up)
-            elif isinstance(message, Attached):
-                self._is_attached = True
-                unused[peer] = message.unused
-                self._unwritten |= message.unwritten
-
-        what = f"{self._num_workers} engine workers to attach"
-        self._call(lambda: self.engine.attach(invitation), what, arrived)
-        self._wait_until(lambda: len(unused) == self._num_workers, what, arrived, min(self._deadline_s, ATTACH_GRACE_S))
-        # A worker that holds a part of the layers has a place for their tensors only.
-        nowhere = set.intersection(*map(set, unused.values())) - set(set_up.optional_names)
-        if nowhere:
-            first = min(nowhere)
-            raise EngineMismatchError(
-                f"{self.engine.name} has no place for {len(nowhere)} of the trainer's {len(set_up.tensors)} tensors, "
-                f"such as {first}. Is it the same model?",
-                phase="connect",
-                tensor=first,
-            )
-        if any(hello.session_open for hello in hellos.values()):
-            self._call(self.engine.close_session, "the engine to close the session of a dead trainer")
-        is_stale = any(hello.is_stale for hello in hellos.values())
-        self.engine.state = EngineState.STALE if is_stale else EngineState.SERVING
-        return Connected(max(hello.version for hello in hellos.values()), self._num_workers)
-
-    def _call(self, call: Callable[[], Any], what: str, arrived: Arrived | None = None) -> Any:
-        """Make an engine call outside of a refit, and handle what comes meanwhile. Returns what the call returns."""
-        self._calls.start(call)
-        self._wait_until(lambda: not self._calls.is_busy, what, arrived)
-        returned = self._calls.take()
-        if returned.failure is not None:
-            raise raised(returned.failure)
-        return returned.value
-
-    def _wait_until(
-        self,
-        is_complete: Callable[[], bool],
-        what: str,
-        arrived: Arrived | None = None,
-        patience_s: float | None = None,
-    ) -> None:
-        """Handle what comes until `is_complete()`.
-
-        Raises SyncError, at the latest after `patience_s` (`deadline_s`).
-        """
-        patience_s = self._deadline_s if patience_s is None else patience_s
-        end = time.monotonic() + patience_s
-        while not is_complete():
-            left = end - time.monotonic()
-            if left <= 0:
-                raise DeadlineError(f"waited {patience_s:g} s for {what}", origin="trainer rank 0", phase="connect")
-            for event in self._wait(left, attempt=0):
-                match event:
-                    case Received(_, Failed(failure=failure)):
-                        raise raised(failure)
-                    case Received(route, message):
-                        if isinstance(message, Hello):
-                            self._register(route, message)
-                        if route in self._peers and arrived is not None:
-                            arrived(self._peers[route], message)
-                    case Lost(route):
-                        kind = EngineGoneError if self._peers[route].role == "worker" else TrainerLostError
-                        raise kind("died while connecting", origin=str(self._peers[route]), phase="connect")
-
-    def _wait(self, timeout_s: float, attempt: int) -> Iterator[Received | Lost | Woken]:
-        """What has happened, or nothing after `timeout_s` or a beat.
-
-        Tells the others now and then that rank 0 is there.
-        """
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + self._beat_s
-            for route in self._peers:
-                self.hub.send(route, Alive(attempt))
-        return self.hub.wait(min(timeout_s, self._beat_s))
-
-    def _register(self, route: bytes, hello: Hello) -> None:
-        peer = Peer(hello.role, hello.index)
-        if peer in self._routes or route in self._peers:
-            _log.warning("ignored a second Hello of %s", peer)
-            return
-        self._routes[peer], self._peers[route] = route, peer
-        if hello.host == host_id():
-            self.hub.watch(route, hello.pid)
-
-    @property
-    def _trainers(self) -> list[Peer]:
-        """The other trainer ranks that are connected."""
-        return [peer for peer in self._routes if peer.role == "trainer"]
+    def close(self) -> None:
+        """Say Goodbye to everyone and let the engines detach. Calling it again does nothing."""
+        self.board.send_all(self.board.trainers, Goodbye())
+        for member in list(self.fleet):
+            self.fleet.dismiss(member)
+        self.hub.close()
 
     # --- one refit ---------------------------------------------------------------------------------------------------
 
     def run(
-        self, attempt: int, version: int, source: Source, *, moves: bool = True, check: tuple[int, int] | None = None
+        self,
+        version: int,
+        source: Source,
+        *,
+        moves: bool = True,
+        check: tuple[int, int] | None = None,
+        only: Sequence[Member] | None = None,
     ) -> Done:
-        """One refit as trainer rank 0, with its weights. See protocol.Refit for `moves` and `check`."""
-        refusal = self._broken or (None if moves else self._why_not_serving())
+        """One refit as trainer rank 0, with its weights, of all engines or of `only` some, to the version that the
+        others have. See protocol.Refit for `moves` and `check`. Raises SyncError.
+        """
+        started = time.monotonic()
+        self._number += 1
+        floor = self.version if only is None else version - 1
+        refusal = self.broken
+        try:
+            members = list(self._taking_part(moves=moves) if only is None else only)
+        except SyncError as error:
+            refusal, members = refusal or error.failure, []
         if refusal is not None:
-            for peer in self._trainers:
-                self.hub.send(self._routes[peer], Abort(attempt, refusal))
+            self.board.send_all(self.board.trainers, Abort(self._number, refusal))
             raise raised(refusal)
+        one_by_one = self.options.rolling and moves
+        cohorts = deque([member] for member in members) if one_by_one else deque([members])
+        left_behind: dict[str, str] = {}
+        finished: _Attempt | None = None
+        while cohorts:
+            cohort = cohorts.popleft()
+            current = self._attempt(version, floor, source, cohort, moves=moves, check=check)
+            if current.refit.failure is None:
+                finished = current
+                if moves:
+                    self.version = current.refit.version
+            else:
+                failure = self._in_words(current.refit)
+                rest = self._without_culprits(cohort, current.refit, failure)
+                if rest is None or not (rest or cohorts or finished):
+                    self.board.send_all(self.board.trainers, Abort(self._number, failure))
+                    raise raised(failure)
+                left_behind |= {m.name: failure.message for m in cohort if m not in rest}
+                if rest:
+                    cohorts.appendleft(rest)
+            if cohorts:
+                self.board.send_all(self.board.trainers, Next(self._number))
+                source.end(current.refit.failure is None)
+                self._number += 1
+        assert finished is not None
+        stats = self._stats(finished, members, time.monotonic() - started, left_behind)
+        done = Done(self._number, finished.refit.version, stats)
+        self.board.send_all(self.board.trainers, done)
+        return done
+
+    def _taking_part(self, *, moves: bool) -> list[Member]:
+        """Raises EngineError if there is nobody to refit, or one of whom it is known that it will fail."""
+        members = list(self.fleet)
+        for peer in self.board.lost:
+            if peer.engine in self.fleet.members:
+                self._note_gone(self.fleet.members[peer.engine], f"{peer} died")
+        self.board.lost.clear()
+        if self.options.on_error == "quarantine":
+            members = [member for member in members if member.quarantine is None]
+        for member in members:
+            if member.quarantine is not None:
+                raise raised(member.quarantine)
+            if not moves:
+                member.check_serving()
+        if not members:
+            reasons = "; ".join(f"{m.name}: {m.quarantine.message}" for m in self.fleet if m.quarantine)
+            raise EngineStaleError(f"no engine is left to refit ({reasons or 'the fleet is empty'}); add_engine() one")
+        return members
+
+    def _note_gone(self, member: Member, how: str) -> None:
+        member.engine.state = EngineState.GONE
+        failure = EngineGoneError(f"{how}; start a new engine", origin=member.name).failure
+        self.fleet.leave_behind(member, failure)
+
+    def _without_culprits(self, cohort: Sequence[Member], refit: Refit, failure: Failure) -> list[Member] | None:
+        """The engines to try again with after a failure, its culprits left behind; None if it is everyone's."""
+        culprits = [member for member in cohort if member.number in refit.culprits]
+        may_go_on = self.options.on_error == "quarantine" and self.broken is None
+        for member in culprits:
+            if member.engine.state is EngineState.GONE or may_go_on:
+                self.fleet.leave_behind(member, failure)
+        if not may_go_on or not culprits:
+            return None
+        for member in culprits:
+            _log.warning("%s is left behind: %s", member.name, failure.message)
+        return [member for member in cohort if member not in culprits]
+
+    def _in_words(self, refit: Refit) -> Failure:
+        """The attempt's failure; in a fleet, with the name of the engine to blame."""
+        assert refit.failure is not None
+        names = [self.fleet.members[n].name for n in sorted(refit.culprits) if n in self.fleet.members]
+        if len(self.fleet.members) < 2 or not names or any(name in refit.failure.message for name in names):
+            return refit.failure
+        return replace(refit.failure, message=f"{', '.join(names)}: {refit.failure.message}")
+
+    # --- one attempt -------------------------------------------------------------------------------------------------
+
+    def _attempt(
+        self,
+        version: int,
+        floor: int,
+        source: Source,
+        members: Sequence[Member],
+        *,
+        moves: bool,
+        check: tuple[int, int] | None,
+    ) -> _Attempt:
         refit = Refit(
-            attempt=attempt,
-            last_version=self._version,
-            state=self.engine.state,
+            attempt=self._number,
+            last_version=floor,
+            engines=[Taking(m.number, m.num_workers, m.engine.state, m.lane) for m in members],
+            lanes=self.lanes,
             num_trainers=self._num_trainers,
-            num_workers=self._num_workers,
-            num_buckets=self._num_buckets,
-            deadline_s=self._deadline_s,
+            deadline_s=self.options.deadline_s,
             now=time.monotonic(),
-            num_in_flight=self._num_in_flight,
             moves=moves,
             check=check,
             compare=partial(compare, self._tensors),
         )
-        mine: deque[Fill | Check] = deque()
-        self._calls_s = {}
+        current = _Attempt(refit, source)
         try:
-            self._carry_out(refit, self._entering(refit, version, source.begin), mine)
+            self._carry_out(current, self._entering(current, version))
             early, self._early = self._early, []
             for peer, message in early:
-                self._carry_out(refit, self._deliver(refit, peer, message), mine)
-            self._pump(refit, mine, source)
+                self._carry_out(current, self._deliver(refit, peer, message))
+            self._pump(current)
         except BaseException as error:  # also Ctrl-C: nobody may be left waiting, and no engine call half made
             what = f"trainer rank 0 left the refit: {type(error).__name__}: {error}"
-            mine.clear()
-            self._carry_out(refit, refit.fail(Failure("SyncError", what, str(ME), refit.phase), time.monotonic()), mine)
-            self._pump(refit, mine, source)
+            current.mine.clear()
+            self._carry_out(current, refit.fail(Failure("SyncError", what, str(ME), refit.phase), time.monotonic()))
+            self._pump(current)
+            self.board.send_all(self.board.trainers, Abort(self._number, refit.failure or as_failure(error, str(ME))))
             raise
         finally:
-            self._conclude(refit)
-        if refit.failure is not None:
-            raise raised(refit.failure)
-        done = Done(attempt, refit.version, self._stats(refit))
-        for peer in self._trainers:
-            self.hub.send(self._routes[peer], done)
-        return done
+            self._conclude(refit, members)
+        return current
 
-    def _why_not_serving(self) -> Failure | None:
-        try:
-            self.engine.check_serving()
-        except SyncError as error:
-            return error.failure
-        return None
-
-    def _pump(self, refit: Refit, mine: deque[Fill | Check], source: Source) -> None:
-        """Turn what happens into events of `refit` until it is over. `mine`: messages for rank 0 itself."""
+    def _pump(self, current: _Attempt) -> None:
+        """Turn what happens into events of the machine until the attempt is over."""
+        refit = current.refit
         while not refit.finished:
-            for event in self._wait(0 if mine else refit.deadline - time.monotonic(), refit.attempt):
-                match event:
-                    case Received(route, message) if route in self._peers:
-                        self._carry_out(refit, self._deliver(refit, self._peers[route], message), mine)
-                    case Received(_, message):
-                        _log.warning("ignored %s from a stranger", type(message).__name__)
-                    case Lost(route):
-                        self._carry_out(refit, refit.lost(self._peers[route], "died", time.monotonic()), mine)
-            if self._calls.is_returned:
-                returned = self._calls.take()
-                if refit.engine_call is not None:
-                    self._calls_s[refit.engine_call.value] = returned.seconds
-                self._carry_out(refit, refit.called(returned.failure, time.monotonic()), mine)
-            self._carry_out(refit, refit.tick(time.monotonic()), mine)
-            if mine and not refit.finished:
-                self._carry_out(refit, self._answer(refit, mine.popleft(), source), mine)
+            self._look(current, 0 if current.mine else refit.deadline - time.monotonic())
+            if current.mine and not refit.finished:
+                self._carry_out(current, self._answer(current, current.mine.popleft()))
 
-    def _entering(self, refit: Refit, version: int, begin: Callable[[], None]) -> list[Action]:
+    def _look(self, current: _Attempt, timeout_s: float) -> None:
+        """Handle what has happened, or what happens within `timeout_s`."""
+        refit = current.refit
+        for peer, message in self.board.hear(timeout_s, refit.attempt):
+            if message is not None:
+                self._carry_out(current, self._deliver(refit, peer, message))
+                continue
+            self.board.forget([peer])
+            if peer.role == "worker" and peer.engine not in refit.sides:
+                self.board.lost.append(peer)
+            else:
+                self._carry_out(current, refit.lost(peer, "died", time.monotonic()))
+        for number in refit.sides:
+            calls = self.fleet.members[number].calls
+            if calls.is_returned:
+                returned = calls.take()
+                call = refit.engine_call(number)
+                if call is not None:
+                    current.calls_s[call.value] = max(returned.seconds, current.calls_s.get(call.value, 0.0))
+                self._carry_out(current, refit.called(number, returned.failure, time.monotonic()))
+        self._carry_out(current, refit.tick(time.monotonic()))
+
+    def _entering(self, current: _Attempt, version: int) -> list[Action]:
+        refit = current.refit
         try:
-            begin()
+            current.source.begin()
         except SyncError as error:
             return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         return refit.receive(ME, Enter(refit.attempt, version), time.monotonic())
 
-    def _answer(self, refit: Refit, message: Fill | Check, source: Source) -> list[Action]:
+    def _answer(self, current: _Attempt, message: Fill | Check) -> list[Action]:
+        refit, source = current.refit, current.source
         if refit.failure is not None:
             return []
+
+        def breathe() -> None:
+            """While rank 0 waits for others in a transfer, it still hears them."""
+            self._look(current, 0)
+            if refit.failure is not None:
+                raise raised(refit.failure)
+
         answer: Filled | Checked
         started = time.monotonic()
         try:
             if isinstance(message, Check):
                 answer = Checked(refit.attempt, source.totals(message))
             else:
-                loan = source.fill(message.bucket)
-                answer = Filled(refit.attempt, message.bucket, time.monotonic() - started, loan)
+                loan = source.fill(message, breathe)
+                seconds = time.monotonic() - started
+                answer = Filled(refit.attempt, message.bucket, seconds, loan, message.lane)
         except SyncError as error:
             return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         return refit.receive(ME, answer, time.monotonic())
@@ -353,84 +359,95 @@ class Conductor:
         attempt = getattr(message, "attempt", refit.attempt)
         if attempt > refit.attempt:
             self._early.append((peer, message))
-        return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt else []
+        is_ours = peer.role == "trainer" or peer.engine in refit.sides
+        return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt and is_ours else []
 
-    def _carry_out(self, refit: Refit, actions: list[Action], mine: deque[Fill | Check]) -> None:
+    def _carry_out(self, current: _Attempt, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Call):
-                self._calls.start(self._engine_call(action.call, refit))
-            elif action.peer != ME:
-                if not self.hub.send(self._routes[action.peer], action.message) and not isinstance(
-                    action.message, Abort
-                ):
-                    self._carry_out(
-                        refit, refit.lost(action.peer, "has no connection any more", time.monotonic()), mine
-                    )
-            elif isinstance(action.message, Fill | Check):
-                mine.append(action.message)
+                member = self.fleet.members[action.engine]
+                member.calls.start(self._engine_call(action.call, current.refit, member))
+            else:
+                self._send(current, action)
 
-    def _engine_call(self, call: EngineCall, refit: Refit) -> Callable[[], None]:
-        engine = self.engine
+    def _send(self, current: _Attempt, action: Send) -> None:
+        peer, message = action
+        refit = current.refit
+        if isinstance(message, Abort) and peer.role == "trainer":
+            message = msgspec.structs.replace(message, is_final=False)  # what comes of it is told in `run`
+        if isinstance(message, Fill | Load) and message.bucket == 0:
+            lane = message.lane if isinstance(message, Fill) else refit.sides[peer.engine].lane
+            if self.lanes[lane].meets:
+                message = msgspec.structs.replace(message, grouping=self._grouping(refit, lane))
+        if peer != ME:
+            if not self.board.send(peer, message) and not isinstance(message, Abort):
+                self._carry_out(current, refit.lost(peer, "has no connection any more", time.monotonic()))
+        elif isinstance(message, Fill | Check):
+            current.mine.append(message)
+
+    def _grouping(self, refit: Refit, lane: int) -> Grouping:
+        assert self.store is not None
+        host, port, backend = self.store
+        workers = [(w.engine, w.index) for side in refit.sides.values() if side.lane == lane for w in side.workers]
+        if workers != self._grouped:
+            self._generation, self._grouped = self._generation + 1, workers
+        return Grouping(self._generation, host, port, backend, self.options.deadline_s, workers)
+
+    def _engine_call(self, call: EngineCall, refit: Refit, member: Member) -> Callable[[], None]:
+        engine = member.engine
         match call:
             case EngineCall.PAUSE:
-                return lambda: engine.pause(self._in_flight)
+                return lambda: engine.pause(self.options.in_flight)
             case EngineCall.UPDATE:
-                return lambda: self._update_engine(refit)
+                return lambda: self._update_engine(refit, engine)
             case EngineCall.CLOSE:
                 return engine.close_session
             case EngineCall.RESUME:
-                return lambda: self._resume_engine(refit)
+                return lambda: self._resume_engine(refit, engine)
 
-    def _update_engine(self, refit: Refit) -> None:
-        self.engine.update(refit.attempt, refit.version, refit.moves)
-        if refit.moves and self._reset_prefix_cache and refit.failure is None:
-            self.engine.reset_cache()  # now: workers of the direct path are still copying
+    def _update_engine(self, refit: Refit, engine: Engine) -> None:
+        engine.update(refit.attempt, refit.version, refit.moves)
+        if refit.moves and self.options.reset_prefix_cache and refit.failure is None:
+            engine.reset_cache()  # now: workers of the direct path are still copying
 
-    def _resume_engine(self, refit: Refit) -> None:
+    @staticmethod
+    def _resume_engine(refit: Refit, engine: Engine) -> None:
         if refit.moves and refit.failure is None:
-            self.engine.publish(refit.version)
-        self.engine.resume()
+            engine.publish(refit.version)
+        engine.resume()
 
-    def _conclude(self, refit: Refit) -> None:
-        """What this refit leaves for the next."""
-        self.engine.state, self.engine.failure = refit.state, refit.failure
-        if refit.failure is None and refit.moves:
-            self._version = refit.version
-        if refit.lost_peer is not None or refit.state is EngineState.GONE:
-            self._broken = refit.lost_peer or refit.failure
+    def _conclude(self, refit: Refit, members: Sequence[Member]) -> None:
+        """What this attempt leaves for the next."""
+        for member in members:
+            member.engine.state, member.engine.failure = refit.sides[member.number].state, refit.failure
+        if refit.failure is not None:
+            self._generation += 1
+        if refit.lost_trainer is not None:
+            self.broken = refit.lost_trainer
 
-    def _stats(self, refit: Refit) -> Stats:
+    def _stats(
+        self, current: _Attempt, members: Sequence[Member], total_s: float, left_behind: dict[str, str]
+    ) -> Stats:
+        refit = current.refit
         order = [phase for phase in ORDER if phase in refit.started]
         times = [refit.started[phase] for phase in order]
+        took_part = [member for member in members if member.name not in left_behind]
+        for member in took_part:
+            member.refit_s = times[-1] - times[0]
         return Stats(
-            engine=self.engine.name,
-            total_s=times[-1] - times[0],
+            engine=", ".join(member.name for member in took_part),
+            total_s=times[-1] - times[0] if len(refit.sides) == len(members) else total_s,
             phases={phase.value: b - a for phase, a, b in zip(order, times, times[1:], strict=False)},
             fill_s=max(refit.fill_s),
-            load_s=max(refit.load_s, default=0.0),
+            load_s=max(refit.load_s.values(), default=0.0),
             engine_extra_bytes=refit.engine_extra_bytes,
             num_trainers=self._num_trainers,
-            num_workers=self._num_workers,
-            copy_limit_gb_s=self._copy_limit_gb_s,
+            num_workers=sum(member.num_workers for member in took_part),
+            copy_limit_gb_s=self.copy_limit_gb_s,
             reloaded=sorted(refit.reloaded),
             reasons=refit.reasons,
             verification=refit.verification,
-            calls_s=self._calls_s,
-            unwritten=self._unwritten,
+            calls_s=current.calls_s,
+            unwritten={name: n for m in took_part for a in m.attached.values() for name, n in a.unwritten.items()},
+            quarantined={m.name: m.quarantine.message for m in self.fleet if m.quarantine is not None},
         )
-
-    # --- leaving -----------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Say Goodbye to everyone and let the engine detach."""
-        for route in self._peers:
-            self.hub.send(route, Goodbye())
-        if self.engine.state is not EngineState.GONE:
-            self._calls.join(DETACH_S)  # a call under way must not meet those of the next connection
-            if self._calls.is_returned:
-                self._calls.take()
-            if self._is_attached and not self._calls.is_busy:
-                self._calls.start(self.engine.detach)
-                self._calls.join(DETACH_S)
-        self._calls.close()
-        self.hub.close()

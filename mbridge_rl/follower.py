@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 from .agreement import Offer
 from .control import Link, host_id
-from .errors import Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
+from .errors import DeadlineError, Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
 from .messages import (
     Abort,
     Alive,
@@ -25,6 +26,7 @@ from .messages import (
     Goodbye,
     Hello,
     Lends,
+    Next,
     Offered,
 )
 from .source import Source
@@ -40,6 +42,8 @@ class Follower:
         self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host)
         self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
         self._broken: Failure | None = None  # why no later refit can succeed
+        self._attempt = 0
+        self._held: deque[AnyMessage] = deque()  # that came while this rank was waiting for something else
 
     def lend(self, lends: Lends) -> None:
         """Tell rank 0, for the engine's workers, what this rank lends on the direct path."""
@@ -58,19 +62,25 @@ class Follower:
             raise raised(message.failure)
         raise ProtocolError(f"expected Connected, got {type(message).__name__}", origin=self._me)
 
-    def run(self, attempt: int, version: int, source: Source) -> Done:
-        """One refit with this rank's weights. Raises what rank 0 raises."""
+    def run(self, version: int, source: Source) -> Done:
+        """One refit with this rank's weights, in as many attempts as rank 0 makes. Raises what rank 0 raises."""
+        self._attempt += 1
         if self._broken is not None:
             raise raised(self._broken)
         try:
-            if self._succeeds(source.begin, attempt):
-                self._link.send(Enter(attempt, version))
-            return self._until_done(attempt, source)
+            while True:
+                if self._succeeds(source.begin, self._attempt):
+                    self._link.send(Enter(self._attempt, version))
+                done, succeeded = self._until_over(source)
+                if done is not None:
+                    return done
+                source.end(succeeded)
+                self._attempt += 1
         except TrainerLostError as error:
             self._broken = error.failure
             raise
         except BaseException as error:  # also Ctrl-C: rank 0 learns why this rank leaves, if it does not know
-            self._link.send(Failed(attempt, as_failure(error, self._me)))
+            self._link.send(Failed(self._attempt, as_failure(error, self._me)))
             raise
 
     def close(self) -> None:
@@ -78,15 +88,22 @@ class Follower:
         self._link.send(Goodbye())
         self._link.close()
 
-    def _until_done(self, attempt: int, source: Source) -> Done:
+    def _until_over(self, source: Source) -> tuple[Done | None, bool]:
+        """Take part in the current attempt: (Done, or None if another attempt follows; whether it succeeded)."""
+        attempt, aborted = self._attempt, False
         while True:
             match message := self._next(attempt, "the next step of the refit"):
                 case Fill() | Check():
-                    self._succeeds(partial(self._answer, message, source), attempt)
+                    if not aborted:
+                        self._succeeds(partial(self._answer, message, source), attempt)
                 case Done():
-                    return message
-                case Abort(failure=failure):
+                    return message, True
+                case Next():
+                    return None, not aborted
+                case Abort(failure=failure, is_final=True):
                     raise raised(failure)
+                case Abort():
+                    aborted = True  # rank 0 says what comes of it when the engines are done
                 case _:
                     raise ProtocolError(f"{type(message).__name__} came during a refit", origin=self._me)
 
@@ -95,8 +112,21 @@ class Follower:
             self._link.send(Checked(message.attempt, source.totals(message)))
             return
         started = time.perf_counter()
-        loan = source.fill(message.bucket)
-        self._link.send(Filled(message.attempt, message.bucket, time.perf_counter() - started, loan))
+        loan = source.fill(message, self._breathe)
+        self._link.send(Filled(message.attempt, message.bucket, time.perf_counter() - started, loan, message.lane))
+
+    def _breathe(self) -> None:
+        """While this rank waits for others in a transfer, rank 0 may abort it."""
+        while (message := self._poll()) is not None:
+            self._held.append(message)
+            if isinstance(message, Abort) and message.attempt == self._attempt:
+                raise raised(message.failure)
+
+    def _poll(self) -> AnyMessage | None:
+        try:
+            return self._link.recv(0.0, "what is there")
+        except DeadlineError:
+            return None
 
     def _next(self, attempt: int, what: str) -> AnyMessage:
         """The next message that is not left over from a refit that failed.
@@ -104,7 +134,7 @@ class Follower:
         Rank 0 says Alive while it waits for others.
         """
         while True:
-            message = self._link.recv(self._patience_s, what)
+            message = self._held.popleft() if self._held else self._link.recv(self._patience_s, what)
             if not isinstance(message, Alive) and getattr(message, "attempt", attempt) >= attempt:
                 return message
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
+import msgspec
 import torch
 
 from mbridge.live import reader
@@ -53,7 +54,7 @@ class Lender:
         self._is_looked_at = False  # in this refit, in step 0
         self._loan = self._lend()  # the last one
         self._unconfirmed: Loan | None = None  # sent in a refit that has not succeeded
-        self.lends = Lends(
+        self._lends = Lends(
             rank=rank,
             tensors=[
                 (name, str(dtype).removeprefix("torch."), numel)
@@ -72,6 +73,11 @@ class Lender:
             ],
             loan=self._loan,
         )
+
+    def lends(self) -> Lends:
+        """What a worker that attaches now has to know. Raises SyncError."""
+        self._look(self._transport.stamp())
+        return msgspec.structs.replace(self._lends, loan=self._loan)
 
     def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
         """Use these local tensors until `end`."""

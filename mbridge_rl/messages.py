@@ -15,6 +15,18 @@ class Invitation(msgspec.Struct, frozen=True):
     pid: int
     host: str
     deadline_s: float
+    engine: int = 0  # the engine's number in the fleet
+
+
+class Grouping(msgspec.Struct, frozen=True):
+    """Who takes part in a collective lane, and where they meet. A higher generation replaces the last one."""
+
+    generation: int
+    host: str  # of the TCPStore that trainer rank 0 serves
+    port: int
+    backend: str  # "gloo" | "nccl"
+    deadline_s: float
+    workers: list[tuple[int, int]]  # (engine, worker index) of all workers that take part, in rank order
 
 
 class Loan(msgspec.Struct, frozen=True):
@@ -48,6 +60,7 @@ class Hello(Message, frozen=True):
     index: int
     pid: int
     host: str
+    engine: int = 0
     version: int = 0
     is_stale: bool = False
     session_open: bool = False  # a trainer died inside a refit and left the engine's update session open
@@ -78,6 +91,7 @@ class Filled(Message, frozen=True):
     bucket: int
     seconds: float
     loan: Loan | None = None
+    lane: int = 0
 
 
 class Loaded(Message, frozen=True):
@@ -144,13 +158,13 @@ class SetUp(Message, frozen=True):
     transport: str
     address: dict[str, str | int]
     lends: list[Lends] = []  # of every trainer, on the direct path
+    senders: list[int] = []  # of each bucket, on a collective lane: the trainer rank that it comes from
 
 
 class Connected(Message, frozen=True):
-    """Everyone is there; the engine serves `version`."""
+    """Everyone is there; `version` is the highest that an engine serves."""
 
     version: int
-    num_workers: int
 
 
 class Alive(Message, frozen=True):
@@ -162,6 +176,8 @@ class Alive(Message, frozen=True):
 class Fill(Message, frozen=True):
     attempt: int
     bucket: int
+    lane: int = 0
+    grouping: Grouping | None = None  # with bucket 0 of a collective lane
 
 
 class Load(Message, frozen=True):
@@ -169,6 +185,7 @@ class Load(Message, frozen=True):
     bucket: int
     loans: dict[int, Loan] = {}  # trainer rank -> where its memory is now, if it moved
     is_checked: bool = False  # a Check will follow
+    grouping: Grouping | None = None  # with bucket 0 of a collective lane
 
 
 class Check(Message, frozen=True):
@@ -186,6 +203,13 @@ class Commit(Message, frozen=True):
 class Abort(Message, frozen=True):
     attempt: int
     failure: Failure
+    is_final: bool = True  # if not, a trainer waits for what comes of it: a Next, or an Abort that is
+
+
+class Next(Message, frozen=True):
+    """To trainers: `attempt` is over, and another one follows (without an engine that failed, or with the next one)."""
+
+    attempt: int
 
 
 class Verification(msgspec.Struct, frozen=True):
@@ -214,6 +238,7 @@ class Stats(msgspec.Struct, frozen=True):
     verification: Verification | None = None
     calls_s: dict[str, float] = {}  # engine call -> seconds
     unwritten: dict[str, int] = {}  # as in Attached
+    quarantined: dict[str, str] = {}  # engine -> why this refit left it behind
 
 
 class Done(Message, frozen=True):
@@ -243,5 +268,6 @@ AnyMessage = (
     | Check
     | Commit
     | Abort
+    | Next
     | Done
 )

@@ -1,31 +1,34 @@
 """The state machine with which trainer rank 0 conducts a refit. No sockets, no clock, no tensors.
 
-One refit, seen from rank 0 (peers are trainer ranks, itself included, and engine workers):
+One attempt at a refit of one or more engines, seen from rank 0 (peers are trainer ranks, itself included, and engine
+workers):
 
     ENTER   every trainer sends Enter; versions must agree and grow
-    PAUSE   the engine pauses, while trainers already fill the first buckets
+    PAUSE   all engines pause, while trainers already fill the first buckets
     STREAM  trainers: Fill -> Filled; workers: Load -> Loaded, then Applied once all is written and checked. On the
-            direct path there are two: the trainers' own memory, and what of it turns out to have moved
+            direct path there are two: the trainers' own memory, and what of it turns out to have moved. On a lane that
+            `meets`, Fill and Load go out together: both sides take part in one transfer
     CHECK   if asked for: Check -> Checked, everyone's checksums, which must agree
-    COMMIT  Commit to the workers
-    RESUME  the engine publishes the version and serves again
-    SETTLE  devices that still copy end: the engine's steps come after the copies in their streams, so it may serve
+    COMMIT  every engine has it all: Commit to the workers
+    RESUME  the engines publish the version and serve again
+    SETTLE  devices that still copy end: an engine's steps come after the copies in its streams, so it may serve
             before, but the trainers may not change their weights; then Done to the trainers
     DONE
 
-Any failure, lost peer or missed deadline sends Abort to everyone and ends in FAILED. Before STREAM nothing was written,
-so the engine resumes what it served; from STREAM on it is stale and stays paused, or is paused again. `Refit` takes
-events and returns actions: whoever drives it (conductor.py; a test) owns all I/O.
+No engine resumes before all of them have committed. Any failure, lost peer or missed deadline sends Abort to everyone
+and ends in FAILED, for all engines of the attempt; `culprits` are the engines to blame, if any are. Before STREAM
+nothing was written, so the engines resume what they served; from STREAM on they are stale and stay paused, or are
+paused again. `Refit` takes events and returns actions: whoever drives it (conductor.py; a test) owns all I/O.
 
-A refit that moves nothing (`moves=False`: `WeightSyncer.verify`) runs the same way for the version that the engine has:
-workers go from STREAM to CHECK at once, what is wrong is noted instead of failing, and nothing is published.
+A refit that moves nothing (`moves=False`: `WeightSyncer.verify`) runs the same way for the version that the engines
+have: workers go from STREAM to CHECK at once, what is wrong is noted instead of failing, and nothing is published.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import Failure
@@ -51,18 +54,22 @@ from .messages import (
 
 NUM_SLOTS_IN_FLIGHT = 2
 NUM_DIRECT_STEPS = 2  # "buckets" of the direct path, one after the other
-REPORT_S = 2.0  # how long after the engine's last call its workers' last messages may arrive
+REPORT_S = 2.0  # how long after the engines' last calls their workers' last messages may arrive
+UNATTRIBUTABLE = frozenset(("TransportError", "DeadlineError"))  # of a transfer that many take part in
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Peer:
-    """A trainer rank or an engine worker."""
+    """A trainer rank, or a worker of an engine."""
 
     role: str  # "trainer" | "worker"
     index: int
+    engine: int = 0  # a worker's: number of the engine in the fleet
 
     def __str__(self) -> str:
-        return f"trainer rank {self.index}" if self.role == "trainer" else f"engine worker {self.index}"
+        if self.role == "trainer":
+            return f"trainer rank {self.index}"
+        return f"engine worker {self.index}" + (f" of engine {self.engine}" if self.engine else "")
 
 
 class Phase(enum.StrEnum):
@@ -86,7 +93,7 @@ class EngineState(enum.StrEnum):
 
 
 class EngineCall(enum.StrEnum):
-    """The engine's own calls, made by rank 0 one at a time."""
+    """An engine's own calls, made by rank 0 one at a time."""
 
     PAUSE = "pause"
     UPDATE = "update"  # returns when every worker has started all that writes weights, or given up
@@ -101,62 +108,112 @@ class Send(NamedTuple):
 
 class Call(NamedTuple):
     call: EngineCall
+    engine: int = 0
 
 
 Action = Send | Call
 Compare = Callable[[Mapping[Peer, Checked]], Verification]
 
 
+class Taking(NamedTuple):
+    """An engine that takes part."""
+
+    number: int
+    num_workers: int
+    state: EngineState
+    lane: int = 0
+
+
+class Lane(NamedTuple):
+    """How weights come to some engines: in so many steps ("buckets")."""
+
+    num_buckets: int
+    num_in_flight: int = NUM_SLOTS_IN_FLIGHT
+    meets: bool = False  # trainers and workers take part in one transfer, so both are told at once
+
+
+@dataclass(slots=True)
+class Side:
+    """One engine in this attempt."""
+
+    workers: tuple[Peer, ...]
+    lane: int
+    state: EngineState
+    busy: EngineCall | None = None  # the call that it is busy with
+    is_paused: bool = False
+    resume_on_failure: bool = False
+    session_open: bool = False  # UPDATE has been called and CLOSE has not
+    session_closed: bool = False
+    resumed: bool = False
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether it was resumed, or may be by the time its call comes back, without being settled."""
+        return self.state is EngineState.STALE and (self.resumed or self.busy is EngineCall.RESUME)
+
+
+@dataclass(slots=True)
+class Flow:
+    """Where a lane stands."""
+
+    lane: Lane
+    num_buckets: int
+    workers: tuple[Peer, ...]
+    filling: dict[int, set[Peer]] = field(default_factory=dict)  # bucket -> trainers that have not filled it
+    loading: dict[int, set[Peer]] = field(default_factory=dict)  # bucket -> workers that have not loaded it
+    loans: dict[int, Loan] = field(default_factory=dict)  # trainer rank -> where its memory has moved to
+
+
 class Refit:
-    """One refit. Feed it events with the time in seconds; carry out the actions it returns; stop when `finished`."""
+    """One attempt. Feed it events with the time in seconds; carry out the actions it returns; stop when `finished`."""
 
     def __init__(
         self,
         *,
         attempt: int,
         last_version: int,
-        state: EngineState,
+        engines: Sequence[Taking],
+        lanes: Mapping[int, Lane],
         num_trainers: int,
-        num_workers: int,
-        num_buckets: int,
         deadline_s: float,
         now: float,
-        num_in_flight: int = NUM_SLOTS_IN_FLIGHT,
         moves: bool = True,
         check: tuple[int, int] | None = None,
         compare: Compare | None = None,
     ) -> None:
-        """`check`: (share, num_shares) of the tensors to compare; `compare` judges what the peers then send."""
+        """`check`: (share, num_shares) of the tensors to compare; `compare` judges what trainers and one engine's
+        workers then send.
+        """
         self.attempt, self.moves = attempt, moves
         self.verification: Verification | None = None
         self.last_version, self.version = last_version, last_version
-        self.state = state
         self.phase = Phase.ENTER
         self.failure: Failure | None = None
-        self.lost_peer: Failure | None = None  # also if this refit could do without it
+        self.culprits: set[int] = set()  # engines that this attempt failed for
+        self.lost_trainer: Failure | None = None  # also if this attempt could do without it
         self.started = {Phase.ENTER: now}
-        self.fill_s, self.load_s = [0.0] * num_trainers, [0.0] * num_workers
+        self.sides = {
+            e.number: Side(tuple(Peer("worker", i, e.number) for i in range(e.num_workers)), e.lane, e.state)
+            for e in engines
+        }
+        self.fill_s = [0.0] * num_trainers
+        self.load_s = {worker: 0.0 for side in self.sides.values() for worker in side.workers}
         self.engine_extra_bytes = 0
         self.reloaded: set[str] = set()
         self.reasons: dict[str, str] = {}
         self._check, self._compare = check, compare
         self._checked: dict[Peer, Checked] = {}
-        self._loans: dict[int, Loan] = {}  # trainer rank -> where its memory has moved to
-        self._num_buckets, self._deadline_s = num_buckets if moves else 0, deadline_s
+        self._deadline_s = deadline_s
         self._trainers = [Peer("trainer", i) for i in range(num_trainers)]
-        self._workers = [Peer("worker", i) for i in range(num_workers)]
+        self._workers = list(self.load_s)
+        self._flows: dict[int, Flow] = {}
+        for number in sorted({side.lane for side in self.sides.values()}):
+            there = tuple(w for side in self.sides.values() if side.lane == number for w in side.workers)
+            self._flows[number] = Flow(lanes[number], lanes[number].num_buckets if moves else 0, there)
         self._missing: set[Peer] = set(self._trainers)  # who has not sent Enter; then Applied; then Committed
         self._versions: dict[int, int] = {}
-        self._filling: dict[int, set[Peer]] = {}
-        self._loading: dict[int, set[Peer]] = {}
-        self._engine_busy: EngineCall | None = None
-        self._resume_on_failure = False
-        self._session_open = False  # UPDATE has been called and CLOSE has not
-        self._session_closed = False
-        self._resumed = False
-        self._untold: list[Peer] = []  # trainers that do not know yet that the refit failed
+        self._untold: list[Peer] = []  # trainers that do not know yet that the attempt failed
         self._settling: set[Peer] = set()  # workers whose device still copies
-        self._num_in_flight = num_in_flight
         self._deadline = now + deadline_s
 
     @property
@@ -164,14 +221,15 @@ class Refit:
         return self.phase in (Phase.DONE, Phase.FAILED)
 
     @property
-    def engine_call(self) -> EngineCall | None:
-        """The call that the engine is busy with."""
-        return self._engine_busy
-
-    @property
     def deadline(self) -> float:
         """When `tick` will fail the refit, unless something happens before."""
         return self._deadline
+
+    def engine_call(self, engine: int) -> EngineCall | None:
+        """The call that the engine is busy with."""
+        return self.sides[engine].busy
+
+    # --- events ------------------------------------------------------------------------------------------------------
 
     def receive(self, peer: Peer, message: AnyMessage, now: float) -> list[Action]:
         """A message of this attempt arrived."""
@@ -181,16 +239,10 @@ class Refit:
         match message:
             case Enter(version=version) if self.phase is Phase.ENTER and peer in self._missing:
                 return self._entered(peer, version, now)
-            case Filled(bucket=bucket) if peer in self._filling.get(bucket, ()):
-                self.fill_s[peer.index] += message.seconds
-                if message.loan is not None:
-                    self._loans[peer.index] = message.loan
-                self._filling[bucket].discard(peer)
-                return list(self._load_if_ready(bucket))
-            case Loaded(bucket=bucket) if peer in self._loading.get(bucket, ()):
-                self.load_s[peer.index] += message.seconds
-                self._loading[bucket].discard(peer)
-                return self._fill(bucket + self._num_in_flight) if not self._loading[bucket] else []
+            case Filled() if self._waits_for(peer, message):
+                return self._filled(peer, message)
+            case Loaded() if self._waits_for(peer, message):
+                return self._loaded(peer, message)
             case Applied() if self.phase is Phase.STREAM and peer in self._missing:
                 return self._applied(peer, message, now)
             case Checked() if self.phase is Phase.CHECK and peer in self._missing:
@@ -204,42 +256,41 @@ class Refit:
                 self._settling.discard(peer)
                 return self._end_if_settled(now)
             case Failed(failure=failure):
-                return self.fail(failure, now)
+                return self.fail(failure, now, self._blamed(peer, failure))
             case Goodbye():
                 return self.lost(peer, "closed its WeightSyncer", now)
             case _:
                 what = f"{peer} sent {type(message).__name__} in phase {self.phase}"
-                return self.fail(Failure("ProtocolError", what, str(peer), self.phase), now)
+                return self.fail(Failure("ProtocolError", what, str(peer), self.phase), now, self._engines_of([peer]))
 
-    def called(self, failure: Failure | None, now: float) -> list[Action]:
-        """The engine's current call came back, with an error or without."""
-        call, self._engine_busy = self._engine_busy, None
-        self._deadline = now + self._deadline_s
-        if self.phase in (Phase.DONE, Phase.FAILED):
+    def called(self, engine: int, failure: Failure | None, now: float) -> list[Action]:
+        """An engine's current call came back, with an error or without."""
+        side = self.sides[engine]
+        call, side.busy = side.busy, None
+        if self.finished:
             return []
-        if failure is not None and failure.kind == "EngineGoneError":
-            self.state = EngineState.GONE
-        self._resumed |= call is EngineCall.RESUME  # also if it raised: it may have taken effect
+        self._deadline = now + self._deadline_s
+        if failure is not None:
+            self.culprits.add(engine)
+            if failure.kind == "EngineGoneError":
+                side.state = EngineState.GONE
+        side.resumed |= call is EngineCall.RESUME  # also if it raised: it may have taken effect
         if self.phase is Phase.FAILING:
             return self._drain(now)
         if failure is not None:
-            self._resume_on_failure |= call is EngineCall.RESUME  # it serves nothing while it is paused: once more
+            side.resume_on_failure |= call is EngineCall.RESUME  # it serves nothing while it is paused: once more
             return self.fail(failure, now)
         match call:
             case EngineCall.PAUSE:
-                self._enter_phase(Phase.STREAM, now)
-                self._session_open = True
-                if self.moves:
-                    self.state = EngineState.UPDATING
-                self._missing = set(self._workers)
-                loads = [action for bucket in list(self._filling) for action in self._load_if_ready(bucket)]
-                return [self._call(EngineCall.UPDATE), *loads]
+                side.is_paused = True
+                return self._stream(now) if all(side.is_paused for side in self.sides.values()) else []
             case EngineCall.UPDATE:
-                self._session_open = False
-                return [self._call(EngineCall.CLOSE)]
+                side.session_open = False
+                return [self._call(engine, EngineCall.CLOSE)]
             case EngineCall.CLOSE:
-                self._session_closed = True
-                self._deadline = now + min(self._deadline_s, REPORT_S)
+                side.session_closed = True
+                if self._are_closed:
+                    self._deadline = now + min(self._deadline_s, REPORT_S)
                 return self._resume_if_committed(now)
             case _:
                 return self._end_if_settled(now)
@@ -247,14 +298,17 @@ class Refit:
     def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
         """A peer's process is gone."""
         if peer.role == "worker":
-            self.state = EngineState.GONE
+            if peer.engine not in self.sides:
+                return []
+            self.sides[peer.engine].state = EngineState.GONE
+            self.culprits.add(peer.engine)
             failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), str(self.phase))
         else:
             text = f"{peer} {how}; build a new WeightSyncer on the survivors"
             failure = Failure("TrainerLostError", text, str(peer), str(self.phase))
-        self.lost_peer = self.lost_peer or failure
+            self.lost_trainer = self.lost_trainer or failure
         if self.phase is Phase.FAILING and peer.role == "worker":
-            return self._end(now)  # its calls will not come back
+            return self._drain(now)  # its calls will not come back
         if peer.role == "trainer" and self.phase in (Phase.COMMIT, Phase.RESUME, Phase.SETTLE):
             return []  # it has done its part: this refit commits, the next one fails
         return self.fail(failure, now)
@@ -264,25 +318,39 @@ class Refit:
         if now < self._deadline or self.finished:
             return []
         if self.phase is Phase.FAILING:
-            if self._engine_busy is not None and self.state is not EngineState.GONE:
-                self.state = EngineState.GONE  # a call that never comes back: nobody can use this engine
-            return self._end(now)
-        message = f"nothing happened for {self._deadline_s:g} s while waiting for {self.waiting_for()}"
-        return self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now)
+            for number, side in self.sides.items():
+                if side.busy is not None and side.state is not EngineState.GONE:
+                    side.state = EngineState.GONE  # a call that never comes back: nobody can use this engine
+                    self.culprits.add(number)
+            return self._drain(now)
+        what, peers, engines = self._waiting()
+        message = f"nothing happened for {self._deadline_s:g} s while waiting for {what}"
+        is_trainers = any(peer.role == "trainer" for peer in peers)
+        culprits = set() if is_trainers else engines | self._engines_of(peers)
+        return self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, culprits)
 
     def waiting_for(self) -> str:
         """What has to happen next, in words."""
-        if self.phase is Phase.ENTER:
-            return f"{_names(self._missing)} to call sync()"
-        waits = [f"{_names(peers)} to fill bucket {k}" for k, peers in sorted(self._filling.items()) if peers]
-        waits += [f"{_names(peers)} to load bucket {k}" for k, peers in sorted(self._loading.items()) if peers]
-        if self.phase is Phase.CHECK:
-            waits.append(f"{_names(self._missing)} to send checksums")
-        elif self._engine_busy is not None and self._engine_busy is not EngineCall.UPDATE:
-            waits.append(f"the engine to {self._engine_busy}")
-        elif not waits:
-            waits.append(f"{_names(self._missing or self._settling) or 'the engine'} to finish")
-        return ", ".join(waits)
+        return self._waiting()[0]
+
+    def fail(self, failure: Failure, now: float, culprits: Iterable[int] = ()) -> list[Action]:
+        """Fail, also for a reason from outside. `culprits`: numbers of the engines to blame."""
+        if self.failure is not None or self.finished:
+            return []
+        self.failure = failure
+        self.culprits.update(culprits)
+        for side in self.sides.values():
+            if side.state is EngineState.UPDATING:
+                side.state = EngineState.STALE
+        self._enter_phase(Phase.FAILING, now)
+        self._deadline = now + self._deadline_s  # a worker may be in the middle of a long load
+        # An engine that serves already may still copy from the trainers: they hear of it once it is paused again.
+        told = self._workers if self._may_serve else (*self._trainers, *self._workers)
+        self._untold = [peer for peer in self._trainers if peer not in told]
+        aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in told]
+        return aborts + self._drain(now)
+
+    # --- what happens next -------------------------------------------------------------------------------------------
 
     def _entered(self, peer: Peer, version: int, now: float) -> list[Action]:
         self._missing.discard(peer)
@@ -300,27 +368,83 @@ class Refit:
             return self.fail(Failure("VersionError", message, phase=self.phase), now)
         self.version = version
         self._enter_phase(Phase.PAUSE, now)
-        self._resume_on_failure = self.state is EngineState.SERVING
-        fills = [action for k in range(self._num_in_flight) for action in self._fill(k)]
-        return [self._call(EngineCall.PAUSE), *fills]
+        for side in self.sides.values():
+            side.resume_on_failure = side.state is EngineState.SERVING
+        early = [lane for lane, flow in self._flows.items() if not flow.lane.meets]
+        return [*(self._call(number, EngineCall.PAUSE) for number in self.sides), *self._first_fills(early)]
 
-    def _fill(self, bucket: int) -> list[Action]:
-        if bucket >= self._num_buckets:
+    def _stream(self, now: float) -> list[Action]:
+        """All engines are paused."""
+        self._enter_phase(Phase.STREAM, now)
+        for side in self.sides.values():
+            side.session_open = True
+            if self.moves:
+                side.state = EngineState.UPDATING
+        self._missing = set(self._workers)
+        actions: list[Action] = [self._call(number, EngineCall.UPDATE) for number in self.sides]
+        for lane, flow in self._flows.items():
+            for bucket in list(flow.filling):
+                actions += self._load_if_ready(lane, bucket)
+        return actions + self._first_fills(lane for lane, flow in self._flows.items() if flow.lane.meets)
+
+    def _first_fills(self, lanes: Iterable[int]) -> list[Action]:
+        return [
+            action
+            for lane in lanes
+            for bucket in range(self._flows[lane].lane.num_in_flight)
+            for action in self._fill(lane, bucket)
+        ]
+
+    def _fill(self, lane: int, bucket: int) -> list[Action]:
+        flow = self._flows[lane]
+        if bucket >= flow.num_buckets:
             return []
-        self._filling[bucket] = set(self._trainers)
-        return [Send(peer, Fill(self.attempt, bucket)) for peer in self._trainers]
+        flow.filling[bucket] = set(self._trainers)
+        fills: list[Action] = [Send(peer, Fill(self.attempt, bucket, lane)) for peer in self._trainers]
+        return fills + (self._load_if_ready(lane, bucket) if flow.lane.meets else [])
 
-    def _load_if_ready(self, bucket: int) -> Iterator[Action]:
-        if self._filling[bucket] or self.phase is not Phase.STREAM:
-            return
-        del self._filling[bucket]
-        self._loading[bucket] = set(self._workers)
-        for peer in self._workers:
-            yield Send(peer, Load(self.attempt, bucket, self._loans, self._check is not None))
+    def _load_if_ready(self, lane: int, bucket: int) -> list[Action]:
+        flow = self._flows[lane]
+        if self.phase is not Phase.STREAM or (flow.filling[bucket] and not flow.lane.meets):
+            return []
+        flow.loading[bucket] = set(flow.workers)
+        load = Load(self.attempt, bucket, flow.loans, self._check is not None)
+        return [Send(peer, load) for peer in flow.workers]
+
+    def _waits_for(self, peer: Peer, message: Filled | Loaded) -> bool:
+        if isinstance(message, Filled):
+            flow = self._flows.get(message.lane)
+            return flow is not None and peer in flow.filling.get(message.bucket, ())
+        side = self.sides.get(peer.engine) if peer.role == "worker" else None
+        return side is not None and peer in self._flows[side.lane].loading.get(message.bucket, ())
+
+    def _filled(self, peer: Peer, message: Filled) -> list[Action]:
+        flow = self._flows[message.lane]
+        self.fill_s[peer.index] += message.seconds
+        if message.loan is not None:
+            flow.loans[peer.index] = message.loan
+        flow.filling[message.bucket].discard(peer)
+        if flow.lane.meets:
+            return self._next_if_over(message.lane, message.bucket)
+        return self._load_if_ready(message.lane, message.bucket)
+
+    def _loaded(self, peer: Peer, message: Loaded) -> list[Action]:
+        lane = self.sides[peer.engine].lane
+        self.load_s[peer] += message.seconds
+        self._flows[lane].loading[message.bucket].discard(peer)
+        return self._next_if_over(lane, message.bucket)
+
+    def _next_if_over(self, lane: int, bucket: int) -> list[Action]:
+        """Everyone is done with `bucket`: its slot is free for another."""
+        flow = self._flows[lane]
+        if flow.filling[bucket] or bucket not in flow.loading or flow.loading[bucket]:
+            return []
+        del flow.filling[bucket], flow.loading[bucket]
+        return self._fill(lane, bucket + flow.lane.num_in_flight)
 
     def _applied(self, peer: Peer, message: Applied, now: float) -> list[Action]:
         self._missing.discard(peer)
-        self.load_s[peer.index] += message.seconds
+        self.load_s[peer] += message.seconds
         self.engine_extra_bytes = max(self.engine_extra_bytes, message.extra_bytes)
         self.reloaded.update(message.reloaded)
         self.reasons.update(message.reasons)
@@ -338,13 +462,18 @@ class Refit:
         self._checked[peer] = message
         if self._missing or self._compare is None:
             return []
-        self.verification = self._compare(self._checked)
+        found = {
+            number: self._compare({p: self._checked[p] for p in (*self._trainers, *side.workers)})
+            for number, side in self.sides.items()
+        }
+        self.verification = merged(found)
         wrong = self.verification.wrong
         if not wrong or not self.moves:
             return self._commit(now)
         name, what = next(iter(wrong.items()))
         text = f"{len(wrong)} tensors of the engine are wrong after the refit, such as {name}: {what}"
-        return self.fail(Failure("VerifyError", text, phase=self.phase, tensor=name), now)
+        failure = Failure("VerifyError", text, phase=self.phase, tensor=name)
+        return self.fail(failure, now, {number for number, verification in found.items() if verification.wrong})
 
     def _commit(self, now: float) -> list[Action]:
         self._enter_phase(Phase.COMMIT, now)
@@ -352,72 +481,113 @@ class Refit:
         return [Send(worker, Commit(self.attempt)) for worker in self._workers]
 
     def _resume_if_committed(self, now: float) -> list[Action]:
-        if not (self.phase is Phase.COMMIT and not self._missing and self._session_closed):
+        if not (self.phase is Phase.COMMIT and not self._missing and self._are_closed):
             return []
         self._enter_phase(Phase.RESUME, now)
-        self._resume_on_failure = False
-        return [self._call(EngineCall.RESUME)]
+        for side in self.sides.values():
+            side.resume_on_failure = False
+        return [self._call(number, EngineCall.RESUME) for number in self.sides]
 
     def _end_if_settled(self, now: float) -> list[Action]:
-        if not self._resumed:
+        if not all(side.resumed for side in self.sides.values()):
             return []
         if self._settling:
             self._enter_phase(Phase.SETTLE, now)
             return []
         self._enter_phase(Phase.DONE, now)
-        self.state = EngineState.SERVING
+        for side in self.sides.values():
+            side.state = EngineState.SERVING
         return []
 
-    def fail(self, failure: Failure, now: float) -> list[Action]:
-        """Fail, also for a reason from outside."""
-        if self.failure is not None or self.finished:
+    # --- failing -----------------------------------------------------------------------------------------------------
+
+    def _drain(self, now: float) -> list[Action]:
+        """Bring all engines' calls to an end: close update sessions, or resume what was only paused."""
+        actions = [call for number in self.sides for call in self._drain_side(number)]
+        if any(side.busy is not None and side.state is not EngineState.GONE for side in self.sides.values()):
+            return actions  # wait for them
+        self._enter_phase(Phase.FAILED, now)
+        untold, self._untold = self._untold, []
+        return [*actions, *(Send(peer, Abort(self.attempt, self.failure)) for peer in untold if self.failure)]
+
+    def _drain_side(self, number: int) -> list[Action]:
+        side = self.sides[number]
+        if side.busy is not None or side.state is EngineState.GONE:
             return []
-        self.failure = failure
-        if self.state is EngineState.UPDATING:
-            self.state = EngineState.STALE
-        self._enter_phase(Phase.FAILING, now)
-        self._deadline = now + self._deadline_s  # a worker may be in the middle of a long load
-        # An engine that serves already may still copy from the trainers: they hear of it once it is paused again.
-        told = self._workers if self._may_serve else (*self._trainers, *self._workers)
-        self._untold = [peer for peer in self._trainers if peer not in told]
-        aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in told]
-        return aborts + self._drain(now)
+        if side.session_open:
+            side.session_open = False
+            return [self._call(number, EngineCall.CLOSE)]
+        if side.may_serve:
+            side.resumed = False
+            return [self._call(number, EngineCall.PAUSE)]
+        if side.resume_on_failure and side.state is EngineState.SERVING:
+            side.resume_on_failure = False
+            return [self._call(number, EngineCall.RESUME)]
+        return []
 
     @property
     def _may_serve(self) -> bool:
-        """Whether the engine was resumed, or may be by the time its call comes back, without being settled."""
-        return self.state is EngineState.STALE and (self._resumed or self._engine_busy is EngineCall.RESUME)
+        return any(side.may_serve for side in self.sides.values())
 
-    def _drain(self, now: float) -> list[Action]:
-        """Bring the engine's calls to an end: close the update session, or resume what was only paused."""
-        if self.state is EngineState.GONE:
-            return self._end(now)
-        if self._engine_busy is not None:
-            return []  # wait for it
-        if self._session_open:
-            self._session_open = False
-            return [self._call(EngineCall.CLOSE)]
-        if self._may_serve:
-            self._resumed = False
-            return [self._call(EngineCall.PAUSE)]
-        if self._resume_on_failure and self.state is EngineState.SERVING:
-            self._resume_on_failure = False
-            return [self._call(EngineCall.RESUME)]
-        return self._end(now)
+    @property
+    def _are_closed(self) -> bool:
+        return all(side.session_closed for side in self.sides.values())
 
-    def _end(self, now: float) -> list[Action]:
-        self._enter_phase(Phase.FAILED, now)
-        untold, self._untold = self._untold, []
-        return [Send(peer, Abort(self.attempt, self.failure)) for peer in untold] if self.failure else []
+    def _blamed(self, peer: Peer, failure: Failure) -> set[int]:
+        """The engines to blame for what `peer` reports: none if a transfer failed that many took part in."""
+        side = self.sides.get(peer.engine) if peer.role == "worker" else None
+        if side is None or (self._flows[side.lane].lane.meets and failure.kind in UNATTRIBUTABLE):
+            return set()
+        return {peer.engine}
 
-    def _call(self, call: EngineCall) -> Call:
-        self._engine_busy = call
-        return Call(call)
+    def _engines_of(self, peers: Iterable[Peer]) -> set[int]:
+        return {peer.engine for peer in peers if peer.role == "worker"}
+
+    def _waiting(self) -> tuple[str, set[Peer], set[int]]:
+        """What has to happen next in words, which peers have to do it, and which engines."""
+        if self.phase is Phase.ENTER:
+            return f"{_names(self._missing)} to call sync()", self._missing, set()
+        busy = {n for n, side in self.sides.items() if side.busy not in (None, EngineCall.UPDATE)}
+        if self.phase is Phase.CHECK:
+            return f"{_names(self._missing)} to send checksums", self._missing, set()
+        waits = [(peers, f"fill bucket {k}") for flow in self._flows.values() for k, peers in flow.filling.items()]
+        waits += [(peers, f"load bucket {k}") for flow in self._flows.values() for k, peers in flow.loading.items()]
+        words = [f"{_names(peers)} to {what}" for peers, what in waits if peers]
+        peers = set().union(*(peers for peers, _ in waits))
+        words += [f"the engine{f' {n}' if n else ''} to {self.sides[n].busy}" for n in sorted(busy)]
+        if not words:
+            peers = self._missing or self._settling
+            words.append(f"{_names(peers) or 'the engine'} to finish")
+        return ", ".join(words), peers, busy
+
+    def _call(self, engine: int, call: EngineCall) -> Call:
+        self.sides[engine].busy = call
+        return Call(call, engine)
 
     def _enter_phase(self, phase: Phase, now: float) -> None:
         self.phase = phase
         self.started[phase] = now
 
 
-def _names(peers: set[Peer]) -> str:
+def merged(found: Mapping[int, Verification]) -> Verification:
+    """What comparisons with several engines found. With more than one, what is wrong says in which."""
+    if len(found) == 1:
+        return next(iter(found.values()))
+
+    def labelled(kind: str) -> dict[str, str]:
+        return {
+            f"{name} of engine {number}": what
+            for number, verification in found.items()
+            for name, what in getattr(verification, kind).items()
+        }
+
+    return Verification(
+        min(v.num_compared for v in found.values()),
+        max(v.num_tensors for v in found.values()),
+        labelled("wrong"),
+        labelled("unchecked"),
+    )
+
+
+def _names(peers: Iterable[Peer]) -> str:
     return ", ".join(str(peer) for peer in sorted(peers))

@@ -50,6 +50,7 @@ from .messages import (
     Settled,
     SetUp,
 )
+from .protocol import Peer
 from .target import Target
 from .transports.base import transport_class
 
@@ -113,7 +114,6 @@ class Receiver:
         self.version = 0  # of the last commit; 0 is what the engine started with
         self.is_stale = False
         self._target, self._index = target, index
-        self._me = f"engine worker {index} (process {os.getpid()})"
         self._session: _Session | None = None
         self._session_open = False  # the engine's own update session: between open_session and close_session
         self._running: _Running | None = None  # between run and close_session
@@ -128,13 +128,22 @@ class Receiver:
         """
         link = Link(invitation.endpoint, invitation.token, hub_pid=invitation.pid, hub_host=invitation.host)
         try:
-            self._release_previous()
             link.send(
-                Hello("worker", self._index, os.getpid(), host_id(), self.version, self.is_stale, self._session_open)
+                Hello(
+                    "worker",
+                    self._index,
+                    os.getpid(),
+                    host_id(),
+                    engine=invitation.engine,
+                    version=self.version,
+                    is_stale=self.is_stale,
+                    session_open=self._session_open,
+                )
             )
+            self._release_previous()
             self._session = guarded(partial(self._set_up, link, invitation), "connect")
         except SyncError as error:
-            link.send(Failed(0, as_failure(error, self._me, "connect")))
+            link.send(Failed(0, as_failure(error, self._name(invitation), "connect")))
             link.close()
             return
         link.send(self._session.attached)
@@ -188,6 +197,9 @@ class Receiver:
         session.path.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _name(self, invitation: Invitation) -> str:
+        return f"{Peer('worker', self._index, invitation.engine)} (process {os.getpid()})"
 
     def _release_previous(self) -> None:
         if self._session is None:
@@ -278,7 +290,8 @@ class Receiver:
         if running.moves:
             _log.error("refit %d failed, the engine is stale: %s", running.attempt, error)
             self._abandon(running.session)
-        running.session.link.send(Failed(running.attempt, as_failure(error, self._me, "stream")))
+        failure = as_failure(error, self._name(running.session.invitation), "stream")
+        running.session.link.send(Failed(running.attempt, failure))
 
     def _abandon(self, session: _Session) -> None:
         session.path.forget()

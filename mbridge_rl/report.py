@@ -66,6 +66,8 @@ class SyncReport:
         default_factory=dict
     )  # engine tensor -> elements that no HF tensor goes to (padding)
 
+    quarantined: dict[str, str] = field(default_factory=dict)  # engine that this refit left behind -> why
+
     @property
     def gb_per_s(self) -> float:
         """Model bytes over the whole time, in 1e9 bytes per second."""
@@ -86,6 +88,7 @@ class SyncReport:
         return (
             f"refit v{self.version} of {self.engine}: {1e3 * self.total_s:.0f} ms ({phases}), "
             f"{self.num_bytes / 1e6:,.1f} MB at {self.gb_per_s:.2f} GB/s{share}; {paths}"
+            + "".join(f"; LEFT BEHIND: {name}: {why}" for name, why in self.quarantined.items())
         )
 
     def to_json(self) -> str:

@@ -10,15 +10,18 @@ import torch
 from mbridge.pieces import Piece, TensorSpec
 
 from .checksum import checksums
-from .messages import Check, Loan
+from .messages import Check, Fill, Loan
 
 
 class Source(NamedTuple):
-    """One trainer rank. All of it may raise SyncError, which ends the refit for everyone."""
+    """One trainer rank. All of it may raise SyncError, which ends the attempt for everyone."""
 
     begin: Callable[[], None]
-    fill: Callable[[int], Loan | None]  # a bucket's number; on the direct path, where the memory has moved to
+    # Returns, on the direct path, where the memory has moved to. While it waits for others, it calls the second
+    # argument now and then, which raises what ends the wait.
+    fill: Callable[[Fill, Callable[[], None]], Loan | None]
     totals: Callable[[Check], dict[int, int]]
+    end: Callable[[bool], None]  # the attempt is over; whether it succeeded
 
 
 def totals(

@@ -28,7 +28,10 @@ DEFAULT_DIRECTORY = Path("/dev/shm")
 
 
 class SharedMemory(Transport):
-    """A file of `NUM_SLOTS * slot_bytes` bytes, mapped shared. Its name is gone once everyone has attached."""
+    """A file of `NUM_SLOTS * slot_bytes` bytes, mapped shared.
+
+    Its name is gone once everyone has attached; whoever comes later opens the creator's file descriptor.
+    """
 
     name: ClassVar[str] = "shared_memory"
 
@@ -40,6 +43,8 @@ class SharedMemory(Transport):
             mmap.mmap(file, NUM_SLOTS * slot_bytes, flags=flags), dtype=torch.uint8
         )
         self._is_pinned = _pin(self._memory)
+        self._file = os.dup(file) if is_creator else -1  # not inherited by child processes
+        self._has_name = True
 
     @classmethod
     def create(cls, slot_bytes: int, directory: Path | None = None) -> Self:
@@ -81,7 +86,8 @@ class SharedMemory(Transport):
 
     @property
     def address(self) -> Address:
-        return {"path": str(self._path), "slot_bytes": self._slot_bytes}
+        path = self._path if self._has_name else Path(f"/proc/{os.getpid()}/fd/{self._file}")
+        return {"path": str(path), "slot_bytes": self._slot_bytes}
 
     def slot(self, index: int) -> torch.Tensor:
         if self._memory is None:
@@ -89,6 +95,7 @@ class SharedMemory(Transport):
         return self._memory[index * self._slot_bytes : (index + 1) * self._slot_bytes]
 
     def everyone_attached(self) -> None:
+        self._has_name = False
         with suppress(FileNotFoundError):
             self._path.unlink()
 
@@ -98,6 +105,9 @@ class SharedMemory(Transport):
         self._memory = None  # the mapping goes with the last view of it
         if self._is_creator:
             self.everyone_attached()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     @classmethod
     def lend(cls, tensors: Mapping[str, torch.Tensor]) -> Lent:

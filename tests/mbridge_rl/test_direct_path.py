@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from mbridge_rl.errors import (
     TrainerLostError,
     TransportError,
 )
+from mbridge_rl.lanes import Way
 from mbridge_rl.learning import CONSTANT
 from mbridge_rl.lender import Lender
-from mbridge_rl.messages import Check, Invitation, Lends, Loan
+from mbridge_rl.messages import Check, Fill, Invitation, Lends, Loan
 from mbridge_rl.protocol import NUM_DIRECT_STEPS, EngineState
 from mbridge_rl.receiver import Receiver
-from mbridge_rl.syncer import Way
 from mbridge_rl.testing import WholeBridge
 from mbridge_rl.transports.shared_memory import SharedMemory
 from tests.mbridge_rl import processing
@@ -59,10 +59,10 @@ class Spy(WeightSyncer):
         self.before_totals: Callable[[], object] = lambda: None
         super().__init__(*args, **{"deadline_s": DEADLINE_S, "path": "direct", **kwargs})
 
-    def _fill(self, bucket: int) -> Loan | None:
+    def _fill(self, message: Fill, breathe: Callable[[], None]) -> Loan | None:
         self.before_fill()
-        loan = super()._fill(bucket)
-        if bucket == 0:
+        loan = super()._fill(message, breathe)
+        if message.bucket == 0:
             self.loans.append(loan)
         elif loan is not None:
             assert self.loans[-1] is None, "announced twice in one refit"
@@ -299,11 +299,12 @@ def test_what_moved_without_being_freed_is_found_in_the_second_step(monkeypatch:
         return steps
 
     assert refit() == [None, None]
+    lent = lender.lends().loan
     kept = bridge.local
     bridge.set(weights(2))  # `kept` keeps the old memory from being freed
     first, second = refit()
     assert first is None
-    assert second is not None and second != lender.lends.loan
+    assert second is not None and second != lent
     assert refit() == [None, None]
     del kept
     monkeypatch.setattr(Stable, "freed", 1)
@@ -318,9 +319,9 @@ def test_what_moved_without_being_freed_is_found_in_the_second_step(monkeypatch:
 class Late(Spy):
     """Says in the second step only what has moved: workers have read the old memory by then."""
 
-    def _fill(self, bucket: int) -> Loan | None:
-        loan = WeightSyncer._fill(self, bucket)
-        if bucket == 0:
+    def _fill(self, message: Fill, breathe: Callable[[], None]) -> Loan | None:
+        loan = WeightSyncer._fill(self, message, breathe)
+        if message.bucket == 0:
             self.loans.append(loan)
             return None
         assert loan is None
@@ -453,8 +454,8 @@ class Vanishing(WeightSyncer):
 
     hidden: Path | None = None
 
-    def _lends(self) -> list[Lends]:
-        lends = super()._lends()
+    def _lends(self, lanes: Sequence[int] | None = None) -> list[Lends]:
+        lends = super()._lends(lanes)
         if lends and self.rank == self.num_trainers - 1 and self.hidden is None:
             self.hidden = Path(str(lends[0].loan.segments[0]["path"]))
             self.hidden.rename(f"{self.hidden}_hidden")
@@ -470,7 +471,7 @@ class Vanishing(WeightSyncer):
 
 
 class VanishingOrBuckets(Vanishing):
-    def _ways(self, transport: str, path: str) -> list[Way]:  # type: ignore[override]
+    def _ways(self) -> list[Way]:
         return [Way("direct", "shared_memory"), Way("bucket", "shared_memory")]
 
 
@@ -531,7 +532,7 @@ def layout_of(bridge: FakeBridge) -> Layout:
 
 
 def lend(bridge: FakeBridge) -> Lends:
-    return Lender(0, bridge.specs, bridge.pieces, bridge.local, SharedMemory).lends
+    return Lender(0, bridge.specs, bridge.pieces, bridge.local, SharedMemory).lends()
 
 
 def replaced(lends: Lends, at: int = 0, **changes: Any) -> Lends:
@@ -617,13 +618,13 @@ def test_a_borrower_refuses_nonsense(what: str) -> None:
 class Tampering(Spy):
     tamper = staticmethod(NONSENSE["HF tensor 99"])
 
-    def _lends(self) -> list[Lends]:
-        return [self.tamper(lends) for lends in super()._lends()]
+    def _lends(self, lanes: Sequence[int] | None = None) -> list[Lends]:
+        return [self.tamper(lends) for lends in super()._lends(lanes)]
 
 
 class TamperingLater(Spy):
-    def _fill(self, bucket: int) -> Loan | None:
-        loan = super()._fill(bucket)
+    def _fill(self, message: Fill, breathe: Callable[[], None]) -> Loan | None:
+        loan = super()._fill(message, breathe)
         return loan and Loan(loan.segments, [(number, offset + (1 << 30)) for number, offset in loan.places])
 
 

@@ -45,13 +45,17 @@ def test_the_file_is_private_and_unlinked(slots: SharedMemory, tmp_path: Path) -
     (path,) = tmp_path.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert path.stat().st_blocks * 512 >= 20_000  # allocated, not sparse
-    other = SharedMemory.open(slots.address)
+    address = slots.address
+    other = SharedMemory.open(address)
     slots.everyone_attached()
     assert list(tmp_path.iterdir()) == []
     slots.slot(0).fill_(5)
     assert other.slot(0).eq(5).all()
     with pytest.raises(TransportError, match="one host"):
-        SharedMemory.open(slots.address)
+        SharedMemory.open(address)
+    latecomer = SharedMemory.open(slots.address)
+    assert latecomer.slot(0).eq(5).all()
+    latecomer.close()
     other.close()
     other.close()
     with pytest.raises(TransportError, match="closed"):

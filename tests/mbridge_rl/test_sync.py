@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mbridge_rl.errors import (
     TransportError,
     VersionError,
 )
+from mbridge_rl.messages import Fill
 from mbridge_rl.protocol import EngineState
 from tests.mbridge_rl.fakes import FakeBridge, Tensors
 from tests.mbridge_rl.ranks import Outcome, run_ranks
@@ -99,10 +101,10 @@ class SabotagedSyncer(WeightSyncer):
     def sabotage(self) -> None:
         raise NotImplementedError
 
-    def _fill(self, bucket: int) -> None:
-        if bucket == self.at_bucket:
+    def _fill(self, message: Fill, breathe: Callable[[], None]) -> None:
+        if message.bucket == self.at_bucket:
             self.sabotage()
-        super()._fill(bucket)
+        super()._fill(message, breathe)
 
 
 class Suicidal(SabotagedSyncer):

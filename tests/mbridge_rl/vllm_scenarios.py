@@ -27,6 +27,7 @@ import torch.distributed as dist
 from mbridge_rl import WeightSyncer
 from mbridge_rl.engines.vllm import VLLMEngine, start_llm
 from mbridge_rl.errors import EngineBusyError, EngineGoneError, EngineMismatchError, EngineStaleError, SyncError
+from mbridge_rl.messages import Fill
 from mbridge_rl.protocol import EngineState
 from tests.mbridge_rl.fakes import FakeBridge
 from tests.mbridge_rl.small_qwen import OPTIONS, PROMPTS, answer, fusion_groups, make_checkpoint, tensors_of
@@ -168,10 +169,10 @@ class Saboteur(WeightSyncer):
 
     deed: Any = None
 
-    def _fill(self, bucket: int) -> None:
-        if bucket == 3 and self.deed is not None:
+    def _fill(self, message: Fill, breathe: Callable[[], None]) -> None:
+        if message.bucket == 3 and self.deed is not None:
             self.deed()
-        super()._fill(bucket)
+        super()._fill(message, breathe)
 
 
 def fail(*_: Any) -> None:
