@@ -35,6 +35,7 @@ class Offer(msgspec.Struct, frozen=True):
     host: str = ""
     endpoint: str = ""
     token: str = ""
+    server_key: str = ""  # public; of a hub that encrypts
     lanes: dict[int, tuple[str, str]] = {}  # lane -> path and transport
 
 

@@ -43,6 +43,7 @@ from .messages import (
     SetUp,
     Stats,
 )
+from .observe import EngineStatus, FleetStatus, Observer, PhaseRange, phase_range
 from .protocol import Action, Call, EngineCall, EngineState, Lane, Peer, Phase, Refit, Send, Taking
 from .source import Source
 from .switchboard import Switchboard
@@ -73,14 +74,17 @@ class _Attempt:
     source: Source
     mine: deque[Fill | Check] = field(default_factory=deque)  # messages for rank 0 itself
     calls_s: dict[str, float] = field(default_factory=dict)
-    last_abort: Abort | None = None  # that trainers were told
+    shown: Phase | None = None  # the phase whose range is open
+    range: PhaseRange | None = None
 
 
 class Conductor:
     """Connects trainers and engine workers, and conducts refits. Used by one thread."""
 
-    def __init__(self, tensors: Sequence[TensorSpec], *, num_trainers: int, options: Options, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(
+        self, tensors: Sequence[TensorSpec], *, num_trainers: int, options: Options, hub: Hub, observer: Observer
+    ) -> None:
+        self.hub, self.observer = hub, observer
         self.options = options
         self.version = 0  # the last that was committed
         self.board = Switchboard(hub, options.deadline_s)
@@ -143,6 +147,14 @@ class Conductor:
             lane: msgspec.structs.replace(set_up, lends=[*set_up.lends, *others]) if lane in lending else set_up
             for lane, set_up in set_ups.items()
         }
+
+    def status(self, ways: Mapping[int, tuple[str, str]]) -> FleetStatus:
+        """What is known of each engine; `ways`: path and transport of each lane."""
+        engines = tuple(
+            EngineStatus(m.name, m.engine.state, m.version, *ways[m.lane], m.num_workers, m.engine.failure, m.refit_s)
+            for m in self.fleet
+        )
+        return FleetStatus(self.version, engines, self.broken)
 
     def close(self) -> None:
         """Say Goodbye to everyone and let the engines detach. Calling it again does nothing."""
@@ -227,6 +239,7 @@ class Conductor:
 
     def _note_gone(self, member: Member, how: str) -> None:
         member.engine.state = EngineState.GONE
+        self.observer.engine(member.name, member.engine.state, member.version)
         failure = EngineGoneError(f"{how}; start a new engine", origin=member.name).failure
         self.fleet.leave_behind(member, failure)
 
@@ -290,6 +303,7 @@ class Conductor:
             self.board.send_all(self.board.trainers, Abort(self._number, refit.failure or as_failure(error, str(ME))))
             raise
         finally:
+            _show(current)
             self._conclude(refit, members)
         return current
 
@@ -297,6 +311,7 @@ class Conductor:
         """Turn what happens into events of the machine until the attempt is over."""
         refit = current.refit
         while not refit.finished:
+            _show(current)
             self._look(current, 0 if current.mine else refit.deadline - time.monotonic())
             if current.mine and not refit.finished:
                 self._carry_out(current, self._answer(current, current.mine.popleft()))
@@ -348,7 +363,8 @@ class Conductor:
             if isinstance(message, Check):
                 answer = Checked(refit.attempt, source.totals(message))
             else:
-                loan = source.fill(message, breathe)
+                with phase_range("fill"):
+                    loan = source.fill(message, breathe)
                 seconds = time.monotonic() - started
                 answer = Filled(refit.attempt, message.bucket, seconds, loan, message.lane)
         except SyncError as error:
@@ -420,8 +436,14 @@ class Conductor:
         """What this attempt leaves for the next."""
         for member in members:
             member.engine.state, member.engine.failure = refit.sides[member.number].state, refit.failure
+            if refit.failure is None:
+                member.version = refit.version
+                member.refit_s = refit.started[Phase.DONE] - refit.started[Phase.ENTER]
+            self.observer.engine(member.name, member.engine.state, member.version)
         if refit.failure is not None:
             self._generation += 1
+            seconds = refit.started[refit.phase] - refit.started[Phase.ENTER]
+            self.observer.refit_failed(self._in_words(refit), seconds, refit.attempt, refit.version)
         if refit.lost_trainer is not None:
             self.broken = refit.lost_trainer
 
@@ -432,8 +454,6 @@ class Conductor:
         order = [phase for phase in ORDER if phase in refit.started]
         times = [refit.started[phase] for phase in order]
         took_part = [member for member in members if member.name not in left_behind]
-        for member in took_part:
-            member.refit_s = times[-1] - times[0]
         return Stats(
             engine=", ".join(member.name for member in took_part),
             total_s=times[-1] - times[0] if len(refit.sides) == len(members) else total_s,
@@ -451,3 +471,14 @@ class Conductor:
             unwritten={name: n for m in took_part for a in m.attached.values() for name, n in a.unwritten.items()},
             quarantined={m.name: m.quarantine.message for m in self.fleet if m.quarantine is not None},
         )
+
+
+def _show(current: _Attempt) -> None:
+    """Keep the profiler's range at the attempt's phase."""
+    phase = current.refit.phase
+    if phase is current.shown:
+        return
+    if current.range is not None:
+        current.range.end()
+    current.shown = phase
+    current.range = None if current.refit.finished else phase_range(phase.value).begin()

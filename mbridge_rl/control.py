@@ -1,40 +1,37 @@
 """The control channel of a syncer: typed msgpack messages over ZMQ between trainer rank 0 (`Hub`) and its peers
 (`Link`).
 
-Every message is two frames: the session's token, and a msgpack struct of messages.py. What has another token, does not
-decode or is larger than `MAX_MESSAGE_BYTES` is dropped and logged: it never reaches the refit. Nothing is unpickled.
-By default the hub listens on a Unix socket in a directory that only this user can enter.
+Who does not know the session's token cannot connect (handshake.py); what does not decode is dropped and logged
+(wire.py): it never reaches the refit. Nothing is unpickled. By default the hub listens on a Unix socket in a directory
+that only this user can enter; on TCP it listens on loopback, unless told to `bind` elsewhere (endpoints.py).
 
 A peer on the same host is watched through a pidfd, so its death is an event (within milliseconds) and not a timeout.
 """
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import zmq
 
-from .errors import DeadlineError, ProtocolError, TrainerLostError
+from .endpoints import is_remote, listening_address, needs_ipv6, peers_endpoint, private_directory
+from .errors import DeadlineError, ProtocolError, SyncError, TrainerLostError
+from .handshake import Doorman, KeyPair, server_keys, use_as_client, use_as_server
 from .messages import AnyMessage, Goodbye
+from .wire import MAX_MESSAGE_BYTES, pack, unpack
 
-MAX_MESSAGE_BYTES = 64 << 20
 LINGER_MS = 1000  # a last message (Abort, Goodbye) may take this long to leave
-MAX_SOCKET_PATH = 100  # of the 107 bytes that a Unix socket's address may have
+MAX_EVENTS = 4096  # of one `wait`: no flood of messages keeps rank 0 from its deadlines
+MAX_QUEUED = 256  # messages of one peer that wait here for rank 0; a refit needs a handful
 _log = logging.getLogger(__name__)
-_encode = msgspec.msgpack.Encoder().encode
-_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def host_id() -> str:
@@ -72,25 +69,58 @@ class Woken(NamedTuple):
 class Hub:
     """Rank 0's end. Not thread-safe, except for `wake`."""
 
-    def __init__(self, address: str | None = None) -> None:
-        """Listen on `address` ("tcp://127.0.0.1:*"), by default on a Unix socket of our own."""
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        bind: str | None = None,
+        advertise: str | None = None,
+        key: str | None = None,
+    ) -> None:
+        """Listen on `address` or `bind`, by default on a Unix socket of our own.
+
+        Args:
+            address: "tcp://127.0.0.1:*" or "ipc:///path". Refused if other hosts can reach it.
+            bind: the same, and may be reached from other hosts: "tcp://10.0.0.5:*", "tcp://[fd00::5]:4000",
+                "tcp://eth0:*", "tcp://0.0.0.0:*".
+            advertise: name or address of this host that peers connect to. Needed if `bind` stands for all addresses.
+            key: "auto", or the hub's own secret CURVE key: then everything is encrypted, and `server_key` travels to
+                the peers with the token.
+
+        Raises SyncError.
+        """
+        if address is not None and bind is not None:
+            raise SyncError(f"expected address or bind, found both: {address!r}, {bind!r}", phase="connect")
+        keys = server_keys(key)
         self.token = secrets.token_hex(16)
-        self.num_rejected = 0
-        self._directory = None if address is not None else _private_directory()
+        self.server_key = "" if keys is None else keys.public.decode()  # public, "" without CURVE
+        self._num_undecoded = 0
+        given = address or bind
+        wanted = None if given is None else listening_address(given, may_be_remote=bind is not None)
+        self._directory = None if wanted is not None else private_directory()
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.BACKLOG, 4096)  # all ranks connect at once
-        self._socket.bind(address or f"ipc://{self._directory}/control")
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        try:
+            self._doorman = Doorman(self._context, self.token, keys)
+            self._socket = self._listen(wanted or f"ipc://{self._directory}/control", keys)
+            self.endpoint = peers_endpoint(self._socket.getsockopt_string(zmq.LAST_ENDPOINT), advertise)
+        except BaseException:
+            self._context.destroy(linger=0)
+            self.hide_endpoint()
+            raise
+        if keys is None and is_remote(self.endpoint):
+            _log.warning("the control channel on %s is not encrypted; pass key='auto'", self.endpoint)
         self._wake_lock = threading.Lock()  # against a `wake` from another thread while `close` closes the descriptor
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._pidfds: dict[int, bytes] = {}
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._doorman.socket, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
+
+    @property
+    def num_rejected(self) -> int:
+        """Handshakes of strangers, and messages that were none."""
+        return self._doorman.num_refused + self._num_undecoded
 
     def wake(self) -> None:
         """Make the current or next `wait` return. From any thread."""
@@ -111,7 +141,7 @@ class Hub:
     def send(self, peer: bytes, message: AnyMessage) -> bool:
         """Queue `message` for `peer`; False if that peer has no connection any more."""
         try:
-            self._socket.send_multipart([peer, self.token.encode(), _encode(message)], flags=zmq.NOBLOCK)
+            self._socket.send_multipart([peer, *pack(message, self.token)], flags=zmq.NOBLOCK)
         except (zmq.error.Again, zmq.error.ZMQError) as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
@@ -119,8 +149,13 @@ class Hub:
         return True
 
     def wait(self, timeout_s: float) -> Iterator[Received | Lost | Woken]:
-        """What has happened; waits up to `timeout_s` seconds for the first event. Messages come before deaths."""
+        """What has happened; waits up to `timeout_s` seconds for the first event. Messages come before deaths.
+
+        Lets peers in meanwhile. Hands out at most MAX_EVENTS messages (and as many before each death).
+        """
         ready = dict(self._poller.poll(max(0, round(timeout_s * 1000))))
+        if self._doorman.socket in ready:
+            self._refuse_strangers()
         if self._socket in ready:
             yield from self._received()
         if self._wake in ready:
@@ -148,8 +183,31 @@ class Hub:
             os.close(self._wake)
         self.hide_endpoint()
 
+    def _listen(self, address: str, keys: KeyPair | None) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.RCVHWM, MAX_QUEUED)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.BACKLOG, 4096)  # all ranks connect at once
+        socket.setsockopt(zmq.IPV6, needs_ipv6(address))
+        use_as_server(socket, keys)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise SyncError(f"cannot listen on {address}: {error.strerror}", phase="connect") from error
+        if address.startswith("ipc://"):
+            Path(address.removeprefix("ipc://")).chmod(0o600)
+        return socket
+
+    def _refuse_strangers(self) -> None:
+        before = self._doorman.num_refused
+        self._doorman.answer()
+        if _is_worth_a_line(before, self._doorman.num_refused):
+            _log.warning("refused %d connections to %s: wrong token", self._doorman.num_refused, self.endpoint)
+
     def _received(self) -> Iterator[Received]:
-        while True:
+        for _ in range(MAX_EVENTS):
             try:
                 peer, *frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
             except zmq.error.Again:
@@ -160,10 +218,11 @@ class Hub:
 
     def _checked(self, frames: list[bytes]) -> AnyMessage | None:
         try:
-            return _open(frames, self.token)
+            return unpack(frames, self.token)
         except ProtocolError as error:
-            self.num_rejected += 1
-            _log.warning("dropped a message on %s: %s", self.endpoint, error)
+            self._num_undecoded += 1
+            if _is_worth_a_line(self._num_undecoded - 1, self._num_undecoded):
+                _log.warning("dropped message %d on %s: %s", self._num_undecoded, self.endpoint, error)
             return None
 
     def _forget(self, pidfd: int) -> None:
@@ -175,14 +234,23 @@ class Hub:
 class Link:
     """A peer's end: one connection to the hub. Not thread-safe."""
 
-    def __init__(self, endpoint: str, token: str, *, hub_pid: int, hub_host: str) -> None:
+    def __init__(self, endpoint: str, token: str, *, hub_pid: int, hub_host: str, server_key: str = "") -> None:
+        """`server_key`: of a hub that encrypts; no other hub is spoken to. Raises SyncError."""
         self._token = token
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)  # of a worker whose trainer has gone
-        self._socket.connect(endpoint)
+        self._socket.setsockopt(zmq.IPV6, needs_ipv6(endpoint))
+        try:
+            use_as_client(self._socket, token, server_key)
+            self._socket.connect(endpoint)
+        except (SyncError, zmq.ZMQError) as error:
+            self._context.destroy(linger=0)
+            if isinstance(error, SyncError):
+                raise
+            raise SyncError(f"cannot connect to {endpoint}: {error.strerror}", phase="connect") from error
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._pidfd: int | None = None
@@ -197,7 +265,7 @@ class Link:
 
     def send(self, message: AnyMessage) -> None:
         """Queue `message` for the hub."""
-        self._socket.send_multipart([self._token.encode(), _encode(message)], flags=zmq.NOBLOCK)
+        self._socket.send_multipart(pack(message, self._token), flags=zmq.NOBLOCK)
 
     def recv(self, deadline_s: float, what: str) -> AnyMessage:
         """The next message.
@@ -209,7 +277,7 @@ class Link:
             left = end - time.monotonic()
             ready = {} if self._hub_died else dict(self._poller.poll(max(0, round(left * 1000))))
             if self._socket in ready:
-                message = _open(self._socket.recv_multipart(), self._token)
+                message = unpack(self._socket.recv_multipart(), self._token)
                 if isinstance(message, Goodbye):
                     raise TrainerLostError("trainer rank 0 closed its WeightSyncer", origin="trainer rank 0")
                 return message
@@ -240,22 +308,6 @@ class Link:
         self._context.destroy(linger=LINGER_MS)
 
 
-def _open(frames: list[bytes], token: str) -> AnyMessage:
-    """The message in `frames`. Raises ProtocolError, without showing contents, if it is not one of this session."""
-    if len(frames) != 2 or not hmac.compare_digest(frames[0], token.encode()):
-        raise ProtocolError("a message without this session's token")
-    try:
-        return _decoder.decode(frames[1])
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
-        raise ProtocolError(f"a message that does not decode: {error}") from error
-
-
-def _private_directory() -> Path:
-    """A new directory that only this user can enter (mode 0700), with a path short enough for a Unix socket."""
-    for parent in (None, "/tmp"):
-        path = Path(tempfile.mkdtemp(prefix="mbridge-", dir=parent))
-        if len(str(path)) < MAX_SOCKET_PATH - len("/control"):
-            return path
-        with suppress(OSError):
-            path.rmdir()
-    raise ProtocolError("no directory with a path short enough for a Unix socket; set TMPDIR, or pass control_address")
+def _is_worth_a_line(before: int, after: int) -> bool:
+    """Whether a count passed a power of two: a flood must not fill the log."""
+    return before.bit_length() != after.bit_length()

@@ -10,7 +10,7 @@ from typing import Any
 from .control import host_id
 from .engines._thread import EngineThread
 from .engines.base import Engine, as_engine
-from .errors import EngineError, EngineMismatchError, EngineStaleError, Failure, raised
+from .errors import EngineBusyError, EngineError, EngineMismatchError, EngineStaleError, Failure, raised
 from .messages import AnyMessage, Attached, Goodbye, Hello, Invitation, SetUp
 from .protocol import EngineState, Peer
 from .switchboard import Arrived, Switchboard
@@ -31,6 +31,7 @@ class Member:
     num_workers: int = 0
     is_attached: bool = False
     quarantine: Failure | None = None  # why refits leave it behind
+    version: int = 0  # that it last committed, or had when it was attached
     refit_s: float | None = None  # seconds of the last one
     hellos: dict[Peer, Hello] = field(default_factory=dict)
     attached: dict[Peer, Attached] = field(default_factory=dict)
@@ -38,11 +39,6 @@ class Member:
     @property
     def name(self) -> str:
         return self.engine.name
-
-    @property
-    def version(self) -> int:
-        """What it served when it was attached."""
-        return max((hello.version for hello in self.hellos.values()), default=0)
 
     @property
     def hosts(self) -> set[str]:
@@ -62,6 +58,7 @@ class Fleet:
         self.members: dict[int, Member] = {}
         self._board, self._deadline_s = board, deadline_s
         self._next_number = 0
+        self._unfinished: list[tuple[object, EngineThread]] = []  # engines that left, and their calls that hang
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members.values())
@@ -75,6 +72,7 @@ class Fleet:
         hub = self._board.hub
         joining = []
         for given in engines:
+            self._check_free(given)
             joining.append(Member(given, as_engine(given), self._next_number, EngineThread(hub.wake)))
             self._next_number += 1
         try:
@@ -86,7 +84,13 @@ class Fleet:
                 self.members[member.number] = member
             for member in joining:
                 invitation = Invitation(
-                    hub.endpoint, hub.token, os.getpid(), host_id(), self._deadline_s, member.number
+                    hub.endpoint,
+                    hub.token,
+                    os.getpid(),
+                    host_id(),
+                    self._deadline_s,
+                    engine=member.number,
+                    server_key=hub.server_key,
                 )
                 member.calls.start(lambda member=member, invitation=invitation: member.engine.attach(invitation))  # type: ignore[misc]
             self._board.wait_until(
@@ -152,7 +156,22 @@ class Fleet:
             if member.is_attached and not member.calls.is_busy:
                 member.calls.start(member.engine.detach)
                 member.calls.join(DETACH_S)
+        if member.calls.is_busy:
+            self._unfinished.append((member.given, member.calls))
         member.calls.close()
+
+    def _check_free(self, given: object) -> None:
+        """Raise EngineBusyError if a call from before, to a worker that hung, has not come back."""
+        for known, calls in self._unfinished:
+            if known is given and calls.is_busy:
+                calls.join(DETACH_S)
+                if calls.is_busy:
+                    raise EngineBusyError(
+                        f"{as_engine(given).name} has not come back from a call of an earlier refit; try again later, "
+                        "or start a new engine",
+                        phase="connect",
+                    )
+        self._unfinished = [(known, calls) for known, calls in self._unfinished if calls.is_busy]
 
     def _say_goodbye(self, member: Member) -> None:
         workers = self._board.workers_of(member.number)
@@ -163,6 +182,7 @@ class Fleet:
         member = self.members.get(peer.engine) if peer.role == "worker" else None
         if member is not None and isinstance(message, Hello):
             member.hellos[peer] = message
+            member.version = max(member.version, message.version)
         elif member is not None and isinstance(message, Attached):
             member.is_attached = True
             member.attached[peer] = message

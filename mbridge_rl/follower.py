@@ -29,6 +29,7 @@ from .messages import (
     Next,
     Offered,
 )
+from .observe import phase_range
 from .source import Source
 
 GRACE_S = 5.0  # rank 0's deadline comes first: its message knows more
@@ -39,7 +40,7 @@ class Follower:
 
     def __init__(self, hub: Offer, rank: int, deadline_s: float) -> None:
         self._me, self._patience_s = f"trainer rank {rank}", deadline_s + GRACE_S
-        self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host)
+        self._link = Link(hub.endpoint, hub.token, hub_pid=hub.pid, hub_host=hub.host, server_key=hub.server_key)
         self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
         self._broken: Failure | None = None  # why no later refit can succeed
         self._attempt = 0
@@ -112,7 +113,8 @@ class Follower:
             self._link.send(Checked(message.attempt, source.totals(message)))
             return
         started = time.perf_counter()
-        loan = source.fill(message, self._breathe)
+        with phase_range("fill"):
+            loan = source.fill(message, self._breathe)
         self._link.send(Filled(message.attempt, message.bucket, time.perf_counter() - started, loan, message.lane))
 
     def _breathe(self) -> None:

@@ -16,6 +16,10 @@ class Invitation(msgspec.Struct, frozen=True):
     host: str
     deadline_s: float
     engine: int = 0  # the engine's number in the fleet
+    server_key: str = ""  # public; of a hub that encrypts
+
+    def __repr__(self) -> str:  # engines log the arguments of their calls
+        return f"Invitation(to {self.endpoint}, as engine {self.engine})"
 
 
 class Grouping(msgspec.Struct, frozen=True):

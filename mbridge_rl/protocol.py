@@ -26,12 +26,10 @@ have: workers go from STREAM to CHECK at once, what is wrong is noted instead of
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from .errors import Failure
+from .flows import NUM_DIRECT_STEPS, NUM_SLOTS_IN_FLIGHT, Flow, Lane
 from .messages import (
     Abort,
     AnyMessage,
@@ -42,126 +40,37 @@ from .messages import (
     Committed,
     Enter,
     Failed,
-    Fill,
     Filled,
     Goodbye,
-    Load,
     Loaded,
-    Loan,
     Settled,
     Verification,
 )
+from .parties import Action, Call, EngineCall, EngineState, Peer, Phase, Send, Side, Taking
+from .waits import Wait, blamed, engines_of, in_words, waits
 
-NUM_SLOTS_IN_FLIGHT = 2
-NUM_DIRECT_STEPS = 2  # "buckets" of the direct path, one after the other
+# The words of this machine, for its callers.
+__all__ = [
+    "NUM_DIRECT_STEPS",
+    "NUM_SLOTS_IN_FLIGHT",
+    "Action",
+    "Call",
+    "Compare",
+    "EngineCall",
+    "EngineState",
+    "Lane",
+    "Peer",
+    "Phase",
+    "Refit",
+    "Send",
+    "Side",
+    "Taking",
+    "merged",
+]
+
 REPORT_S = 2.0  # how long after the engines' last calls their workers' last messages may arrive
-UNATTRIBUTABLE = frozenset(("TransportError", "DeadlineError"))  # of a transfer that many take part in
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Peer:
-    """A trainer rank, or a worker of an engine."""
-
-    role: str  # "trainer" | "worker"
-    index: int
-    engine: int = 0  # a worker's: number of the engine in the fleet
-
-    def __str__(self) -> str:
-        if self.role == "trainer":
-            return f"trainer rank {self.index}"
-        return f"engine worker {self.index}" + (f" of engine {self.engine}" if self.engine else "")
-
-
-class Phase(enum.StrEnum):
-    ENTER = "enter"
-    PAUSE = "pause"
-    STREAM = "stream"
-    CHECK = "check"
-    COMMIT = "commit"
-    RESUME = "resume"
-    SETTLE = "settle"
-    FAILING = "failing"
-    DONE = "done"
-    FAILED = "failed"
-
-
-class EngineState(enum.StrEnum):
-    SERVING = "serving"
-    UPDATING = "updating"
-    STALE = "stale"
-    GONE = "gone"
-
-
-class EngineCall(enum.StrEnum):
-    """An engine's own calls, made by rank 0 one at a time."""
-
-    PAUSE = "pause"
-    UPDATE = "update"  # returns when every worker has started all that writes weights, or given up
-    CLOSE = "close_session"  # after UPDATE, always: returns when every worker has committed, or given up
-    RESUME = "resume"  # publishes the version first
-
-
-class Send(NamedTuple):
-    peer: Peer
-    message: AnyMessage
-
-
-class Call(NamedTuple):
-    call: EngineCall
-    engine: int = 0
-
-
-Action = Send | Call
+DRAIN_S = 5.0  # how long after a missed deadline the engines' calls may last
 Compare = Callable[[Mapping[Peer, Checked]], Verification]
-
-
-class Taking(NamedTuple):
-    """An engine that takes part."""
-
-    number: int
-    num_workers: int
-    state: EngineState
-    lane: int = 0
-
-
-class Lane(NamedTuple):
-    """How weights come to some engines: in so many steps ("buckets")."""
-
-    num_buckets: int
-    num_in_flight: int = NUM_SLOTS_IN_FLIGHT
-    meets: bool = False  # trainers and workers take part in one transfer, so both are told at once
-
-
-@dataclass(slots=True)
-class Side:
-    """One engine in this attempt."""
-
-    workers: tuple[Peer, ...]
-    lane: int
-    state: EngineState
-    busy: EngineCall | None = None  # the call that it is busy with
-    is_paused: bool = False
-    resume_on_failure: bool = False
-    session_open: bool = False  # UPDATE has been called and CLOSE has not
-    session_closed: bool = False
-    resumed: bool = False
-
-    @property
-    def may_serve(self) -> bool:
-        """Whether it was resumed, or may be by the time its call comes back, without being settled."""
-        return self.state is EngineState.STALE and (self.resumed or self.busy is EngineCall.RESUME)
-
-
-@dataclass(slots=True)
-class Flow:
-    """Where a lane stands."""
-
-    lane: Lane
-    num_buckets: int
-    workers: tuple[Peer, ...]
-    filling: dict[int, set[Peer]] = field(default_factory=dict)  # bucket -> trainers that have not filled it
-    loading: dict[int, set[Peer]] = field(default_factory=dict)  # bucket -> workers that have not loaded it
-    loans: dict[int, Loan] = field(default_factory=dict)  # trainer rank -> where its memory has moved to
 
 
 class Refit:
@@ -204,12 +113,20 @@ class Refit:
         self._check, self._compare = check, compare
         self._checked: dict[Peer, Checked] = {}
         self._deadline_s = deadline_s
-        self._trainers = [Peer("trainer", i) for i in range(num_trainers)]
-        self._workers = list(self.load_s)
-        self._flows: dict[int, Flow] = {}
-        for number in sorted({side.lane for side in self.sides.values()}):
-            there = tuple(w for side in self.sides.values() if side.lane == number for w in side.workers)
-            self._flows[number] = Flow(lanes[number], lanes[number].num_buckets if moves else 0, there)
+        self._trainers = tuple(Peer("trainer", i) for i in range(num_trainers))
+        self._workers = tuple(self.load_s)
+        self._flows = {
+            number: Flow(
+                number,
+                lanes[number],
+                attempt,
+                lanes[number].num_buckets if moves else 0,
+                self._trainers,
+                tuple(peer for side in self.sides.values() if side.lane == number for peer in side.workers),
+                check is not None,
+            )
+            for number in sorted({side.lane for side in self.sides.values()})
+        }
         self._missing: set[Peer] = set(self._trainers)  # who has not sent Enter; then Applied; then Committed
         self._versions: dict[int, int] = {}
         self._untold: list[Peer] = []  # trainers that do not know yet that the attempt failed
@@ -233,16 +150,20 @@ class Refit:
 
     def receive(self, peer: Peer, message: AnyMessage, now: float) -> list[Action]:
         """A message of this attempt arrived."""
-        if self.phase in (Phase.FAILING, Phase.DONE, Phase.FAILED):
+        if self.finished:
             return []
+        if self.phase is Phase.FAILING:  # whoever leaves for good will not take part in another attempt either
+            return self.lost(peer, "closed its WeightSyncer", now) if isinstance(message, Goodbye) else []
         self._deadline = now + self._deadline_s
         match message:
             case Enter(version=version) if self.phase is Phase.ENTER and peer in self._missing:
                 return self._entered(peer, version, now)
-            case Filled() if self._waits_for(peer, message):
-                return self._filled(peer, message)
-            case Loaded() if self._waits_for(peer, message):
-                return self._loaded(peer, message)
+            case Filled() if flow := self._flow_of(peer, message):
+                self.fill_s[peer.index] += message.seconds
+                return flow.filled(peer, message)
+            case Loaded() if flow := self._flow_of(peer, message):
+                self.load_s[peer] += message.seconds
+                return flow.loaded(peer, message.bucket)
             case Applied() if self.phase is Phase.STREAM and peer in self._missing:
                 return self._applied(peer, message, now)
             case Checked() if self.phase is Phase.CHECK and peer in self._missing:
@@ -261,7 +182,7 @@ class Refit:
                 return self.lost(peer, "closed its WeightSyncer", now)
             case _:
                 what = f"{peer} sent {type(message).__name__} in phase {self.phase}"
-                return self.fail(Failure("ProtocolError", what, str(peer), self.phase), now, self._engines_of([peer]))
+                return self.fail(Failure("ProtocolError", what, str(peer), self.phase), now, engines_of([peer]))
 
     def called(self, engine: int, failure: Failure | None, now: float) -> list[Action]:
         """An engine's current call came back, with an error or without."""
@@ -323,15 +244,16 @@ class Refit:
                     side.state = EngineState.GONE  # a call that never comes back: nobody can use this engine
                     self.culprits.add(number)
             return self._drain(now)
-        what, peers, engines = self._waiting()
-        message = f"nothing happened for {self._deadline_s:g} s while waiting for {what}"
-        is_trainers = any(peer.role == "trainer" for peer in peers)
-        culprits = set() if is_trainers else engines | self._engines_of(peers)
-        return self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, culprits)
+        found = self._waits()
+        message = f"nothing happened for {self._deadline_s:g} s while waiting for {in_words(found)}"
+        actions = self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, blamed(found))
+        if not any(isinstance(action, Call) for action in actions):  # all that is under way was waited for in vain
+            self._deadline = now + min(DRAIN_S, self._deadline_s)
+        return actions
 
     def waiting_for(self) -> str:
         """What has to happen next, in words."""
-        return self._waiting()[0]
+        return in_words(self._waits())
 
     def fail(self, failure: Failure, now: float, culprits: Iterable[int] = ()) -> list[Action]:
         """Fail, also for a reason from outside. `culprits`: numbers of the engines to blame."""
@@ -370,8 +292,8 @@ class Refit:
         self._enter_phase(Phase.PAUSE, now)
         for side in self.sides.values():
             side.resume_on_failure = side.state is EngineState.SERVING
-        early = [lane for lane, flow in self._flows.items() if not flow.lane.meets]
-        return [*(self._call(number, EngineCall.PAUSE) for number in self.sides), *self._first_fills(early)]
+        fills = [action for flow in self._flows.values() for action in flow.prepare()]
+        return [*(self._call(number, EngineCall.PAUSE) for number in self.sides), *fills]
 
     def _stream(self, now: float) -> list[Action]:
         """All engines are paused."""
@@ -382,65 +304,19 @@ class Refit:
                 side.state = EngineState.UPDATING
         self._missing = set(self._workers)
         actions: list[Action] = [self._call(number, EngineCall.UPDATE) for number in self.sides]
-        for lane, flow in self._flows.items():
-            for bucket in list(flow.filling):
-                actions += self._load_if_ready(lane, bucket)
-        return actions + self._first_fills(lane for lane, flow in self._flows.items() if flow.lane.meets)
+        return actions + [action for flow in self._flows.values() for action in flow.open()]
 
-    def _first_fills(self, lanes: Iterable[int]) -> list[Action]:
-        return [
-            action
-            for lane in lanes
-            for bucket in range(self._flows[lane].lane.num_in_flight)
-            for action in self._fill(lane, bucket)
-        ]
-
-    def _fill(self, lane: int, bucket: int) -> list[Action]:
-        flow = self._flows[lane]
-        if bucket >= flow.num_buckets:
-            return []
-        flow.filling[bucket] = set(self._trainers)
-        fills: list[Action] = [Send(peer, Fill(self.attempt, bucket, lane)) for peer in self._trainers]
-        return fills + (self._load_if_ready(lane, bucket) if flow.lane.meets else [])
-
-    def _load_if_ready(self, lane: int, bucket: int) -> list[Action]:
-        flow = self._flows[lane]
-        if self.phase is not Phase.STREAM or (flow.filling[bucket] and not flow.lane.meets):
-            return []
-        flow.loading[bucket] = set(flow.workers)
-        load = Load(self.attempt, bucket, flow.loans, self._check is not None)
-        return [Send(peer, load) for peer in flow.workers]
-
-    def _waits_for(self, peer: Peer, message: Filled | Loaded) -> bool:
+    def _flow_of(self, peer: Peer, message: Filled | Loaded) -> Flow | None:
+        """The flow that waits for this."""
         if isinstance(message, Filled):
             flow = self._flows.get(message.lane)
-            return flow is not None and peer in flow.filling.get(message.bucket, ())
-        side = self.sides.get(peer.engine) if peer.role == "worker" else None
-        return side is not None and peer in self._flows[side.lane].loading.get(message.bucket, ())
+        else:
+            side = self._side_of(peer)
+            flow = None if side is None else self._flows[side.lane]
+        return flow if flow is not None and flow.waits_for(peer, message) else None
 
-    def _filled(self, peer: Peer, message: Filled) -> list[Action]:
-        flow = self._flows[message.lane]
-        self.fill_s[peer.index] += message.seconds
-        if message.loan is not None:
-            flow.loans[peer.index] = message.loan
-        flow.filling[message.bucket].discard(peer)
-        if flow.lane.meets:
-            return self._next_if_over(message.lane, message.bucket)
-        return self._load_if_ready(message.lane, message.bucket)
-
-    def _loaded(self, peer: Peer, message: Loaded) -> list[Action]:
-        lane = self.sides[peer.engine].lane
-        self.load_s[peer] += message.seconds
-        self._flows[lane].loading[message.bucket].discard(peer)
-        return self._next_if_over(lane, message.bucket)
-
-    def _next_if_over(self, lane: int, bucket: int) -> list[Action]:
-        """Everyone is done with `bucket`: its slot is free for another."""
-        flow = self._flows[lane]
-        if flow.filling[bucket] or bucket not in flow.loading or flow.loading[bucket]:
-            return []
-        del flow.filling[bucket], flow.loading[bucket]
-        return self._fill(lane, bucket + flow.lane.num_in_flight)
+    def _side_of(self, peer: Peer) -> Side | None:
+        return self.sides.get(peer.engine) if peer.role == "worker" else None
 
     def _applied(self, peer: Peer, message: Applied, now: float) -> list[Action]:
         self._missing.discard(peer)
@@ -534,31 +410,16 @@ class Refit:
         return all(side.session_closed for side in self.sides.values())
 
     def _blamed(self, peer: Peer, failure: Failure) -> set[int]:
-        """The engines to blame for what `peer` reports: none if a transfer failed that many took part in."""
-        side = self.sides.get(peer.engine) if peer.role == "worker" else None
-        if side is None or (self._flows[side.lane].lane.meets and failure.kind in UNATTRIBUTABLE):
+        """The engines to blame for what `peer` reports: none if others may be its cause."""
+        side = self._side_of(peer)
+        if side is None or failure.kind == "DeadlineError":  # rank 0 was silent
+            return set()
+        if failure.kind == "TransportError" and self._flows[side.lane].lane.meets:
             return set()
         return {peer.engine}
 
-    def _engines_of(self, peers: Iterable[Peer]) -> set[int]:
-        return {peer.engine for peer in peers if peer.role == "worker"}
-
-    def _waiting(self) -> tuple[str, set[Peer], set[int]]:
-        """What has to happen next in words, which peers have to do it, and which engines."""
-        if self.phase is Phase.ENTER:
-            return f"{_names(self._missing)} to call sync()", self._missing, set()
-        busy = {n for n, side in self.sides.items() if side.busy not in (None, EngineCall.UPDATE)}
-        if self.phase is Phase.CHECK:
-            return f"{_names(self._missing)} to send checksums", self._missing, set()
-        waits = [(peers, f"fill bucket {k}") for flow in self._flows.values() for k, peers in flow.filling.items()]
-        waits += [(peers, f"load bucket {k}") for flow in self._flows.values() for k, peers in flow.loading.items()]
-        words = [f"{_names(peers)} to {what}" for peers, what in waits if peers]
-        peers = set().union(*(peers for peers, _ in waits))
-        words += [f"the engine{f' {n}' if n else ''} to {self.sides[n].busy}" for n in sorted(busy)]
-        if not words:
-            peers = self._missing or self._settling
-            words.append(f"{_names(peers) or 'the engine'} to finish")
-        return ", ".join(words), peers, busy
+    def _waits(self) -> list[Wait]:
+        return waits(self.phase, self.sides, self._flows.values(), self._missing, self._settling)
 
     def _call(self, engine: int, call: EngineCall) -> Call:
         self.sides[engine].busy = call
@@ -587,7 +448,3 @@ def merged(found: Mapping[int, Verification]) -> Verification:
         labelled("wrong"),
         labelled("unchecked"),
     )
-
-
-def _names(peers: Iterable[Peer]) -> str:
-    return ", ".join(str(peer) for peer in sorted(peers))

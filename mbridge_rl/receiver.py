@@ -50,6 +50,7 @@ from .messages import (
     Settled,
     SetUp,
 )
+from .observe import phase_range
 from .protocol import Peer
 from .target import Target
 from .transports.base import transport_class
@@ -126,7 +127,13 @@ class Receiver:
 
         If a living trainer is connected, the new one is told EngineBusyError; the place of a dead one is taken over.
         """
-        link = Link(invitation.endpoint, invitation.token, hub_pid=invitation.pid, hub_host=invitation.host)
+        link = Link(
+            invitation.endpoint,
+            invitation.token,
+            hub_pid=invitation.pid,
+            hub_host=invitation.host,
+            server_key=invitation.server_key,
+        )
         try:
             link.send(
                 Hello(
@@ -243,7 +250,8 @@ class Receiver:
         for bucket in range(path.num_buckets):
             message = self._expect(running, Load, f"bucket {bucket}", bucket)
             started = time.perf_counter()
-            path.apply(message)
+            with phase_range("load"):
+                path.apply(message)
             running.session.link.send(Loaded(attempt, bucket, time.perf_counter() - started))
             running.is_checked = message.is_checked
 
@@ -252,7 +260,8 @@ class Receiver:
         session, path, attempt = running.session, running.session.path, running.attempt
         if running.moves:
             started = time.perf_counter()
-            path.finish()
+            with phase_range("finish"):
+                path.finish()
             running.seconds += time.perf_counter() - started
             if running.is_checked and path.changed is not None:
                 session.checker.record(path.changed)
@@ -290,7 +299,8 @@ class Receiver:
         if running.moves:
             _log.error("refit %d failed, the engine is stale: %s", running.attempt, error)
             self._abandon(running.session)
-        failure = as_failure(error, self._name(running.session.invitation), "stream")
+        phase = "stream" if running.moves else "check"
+        failure = as_failure(error, self._name(running.session.invitation), phase)
         running.session.link.send(Failed(running.attempt, failure))
 
     def _abandon(self, session: _Session) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
@@ -33,11 +34,13 @@ from .fleet import Member
 from .follower import Follower
 from .lanes import COLLECTIVE, LOCAL, REMOTE, TrainerLanes, Way
 from .messages import Check, Done, Fill, Lends, Loan
+from .observe import FleetStatus, Observer
 from .report import SyncReport, VerifyReport
 from .source import Source, totals
 from .transports.base import transport_for
 
 if TYPE_CHECKING:
+    from prometheus_client.registry import CollectorRegistry
     from torch.distributed import ProcessGroup
 
     from mbridge.plan import TrainerPlan
@@ -84,6 +87,11 @@ class WeightSyncer:
         rolling: refit one engine after the other, so that the others serve meanwhile (two versions at a time).
         group: process group of the trainer ranks, by default the whole job. Used only to connect.
         control_address: where rank 0 listens, such as "tcp://127.0.0.1:*"; by default a private Unix socket.
+        bind: the same, for engines or trainer ranks on other hosts, who can reach it: "tcp://eth0:*", "tcp://10.0.0.5:*",
+            "tcp://0.0.0.0:*" (with `advertise`).
+        advertise: name or address of rank 0's host that the others connect to, if it is not the one in `bind`.
+        key: "auto", or a secret CURVE key: encrypt the control channel. (Weights themselves are not encrypted.)
+        registry: of prometheus_client, for metrics (see metrics.py); by default its own, if it is installed.
 
     Raises SyncError (or PlanError) with the same words on every rank: PlanMismatchError, EngineBusyError,
     EngineMismatchError, EngineGoneError, TransportError, DeadlineError.
@@ -105,6 +113,10 @@ class WeightSyncer:
         rolling: bool = False,
         group: ProcessGroup | None = None,
         control_address: str | None = None,
+        bind: str | None = None,
+        advertise: str | None = None,
+        key: str | None = None,
+        registry: CollectorRegistry | None = None,
     ) -> None:
         for name, value, choice in (
             ("in_flight", in_flight, InFlight),
@@ -121,7 +133,8 @@ class WeightSyncer:
         self._bridge, self._models, self._group = bridge, models, group
         self._options = Options(deadline_s, in_flight, reset_prefix_cache, on_error, rolling)
         self._transport, self._path, self._bucket_bytes = transport, path, bucket_bytes
-        self._control_address = control_address
+        self._make_hub = partial(Hub, control_address, bind=bind, advertise=advertise, key=key)
+        self._observer = Observer(registry)
         self._closed = False
         self._busy = threading.Lock()  # held by the one call that may be under way
         self._num_sampled = 0  # how many checks were of a sample: each is of the next one
@@ -153,6 +166,12 @@ class WeightSyncer:
             done = self._run(version, moves=True, verify=verify)
             self.version = done.version
             return self._report(done)
+
+    def status(self) -> FleetStatus:
+        """What rank 0 knows of each engine. On the other ranks, only the version."""
+        if isinstance(self._side, Conductor):
+            return self._side.status(self._lanes.ways)
+        return FleetStatus(self.version, ())
 
     def verify(self, how: Verify = "full") -> VerifyReport:
         """Compare the engines' memory with the trainer's current weights, without moving any. Call it on every rank.
@@ -198,6 +217,7 @@ class WeightSyncer:
             if member is None:
                 raise EngineError(f"{engine!r} is not in this fleet")
             self._side.fleet.dismiss(member)
+            self._observer.forget(member.name)
 
     def close(self) -> None:
         """Leave the engines and free the buckets. The engines go on serving. Calling it again does nothing."""
@@ -267,12 +287,20 @@ class WeightSyncer:
             digest = digest_of(plan.digest, layout, way.path)
             offer = Offer(digest=digest, owned=owned_boxes(plan.owned), pid=os.getpid(), host=host_id())
             if self.rank == 0:
-                hub = Hub(self._control_address)
-                self._side = Conductor(plan.tensors, num_trainers=self.num_trainers, options=self._options, hub=hub)
+                hub = self._make_hub()
+                self._side = Conductor(
+                    plan.tensors,
+                    num_trainers=self.num_trainers,
+                    options=self._options,
+                    hub=hub,
+                    observer=self._observer,
+                )
                 self._side.copy_limit_gb_s = _copy_limit(self._live)
                 joining = self._side.invite(engines)
                 lanes = self._lanes_of(joining, way)
-                offer = msgspec.structs.replace(offer, endpoint=hub.endpoint, token=hub.token, lanes=lanes)
+                offer = msgspec.structs.replace(
+                    offer, endpoint=hub.endpoint, token=hub.token, server_key=hub.server_key, lanes=lanes
+                )
         except MBridgeError as error:
             if self.num_trainers == 1:
                 raise
@@ -397,7 +425,7 @@ class WeightSyncer:
         if self._paths is None or self._paths[0] != stats.reloaded:
             self._paths = (stats.reloaded, _paths(layout, [way.path for way in lanes.ways.values()], stats.reloaded))
         checked = stats.verification
-        return SyncReport(
+        report = SyncReport(
             version=done.version,
             engine=stats.engine,
             total_s=stats.total_s,
@@ -419,6 +447,9 @@ class WeightSyncer:
             verification=None if checked is None else VerifyReport.of(checked, stats.phases.get("check", 0.0)),
             quarantined=stats.quarantined,
         )
+        if isinstance(self._side, Conductor):
+            self._observer.refit_done(report)
+        return report
 
     def _leave(self) -> None:
         if self._side is not None:

@@ -23,8 +23,8 @@ MBRIDGE = (
     "live pieces errors"
 )
 MBRIDGE_RL = (
-    "testing __init__ syncer conductor follower ray engines receiver bucket_path direct_path checker borrower learning "
-    "loading target placement recorder views agreement lender filler source checksum copy_plan copy_triton "
+    "testing __init__ syncer lanes conductor follower ray fleet engines receiver bucket_path direct_path checker borrower learning "
+    "loading target placement recorder views agreement lender filler source switchboard observe metrics checksum copy_plan copy_triton "
     "checksum_triton patches transports buckets verification protocol control report messages errors"
 )
 LAYERS = {"mbridge": MBRIDGE.split(), "mbridge_rl": MBRIDGE_RL.split()}

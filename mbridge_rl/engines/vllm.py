@@ -7,6 +7,7 @@ The engine must have been started with `weight_transfer_config={"backend": "mbri
 
 from __future__ import annotations
 
+import http.client
 import inspect
 import json
 import os
@@ -222,7 +223,7 @@ class VLLMServer(_VLLM):
             raise EngineLoadError(
                 f"{verb} {self.url}/{path} answered {error.code}: {detail}{hint}", origin=self.name
             ) from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise EngineGoneError(f"cannot reach {self.url}/{path}: {error}", origin=self.name) from error
         return json.loads(text) if text else None
 

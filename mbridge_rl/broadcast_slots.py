@@ -1,0 +1,109 @@
+"""The worker's half of a collective lane: two slots of its own, and broadcasts that arrive in them.
+
+Bucket k+1 travels while the engine loads bucket k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .broadcast_plan import broadcast_meeting, wire_bytes
+from .buckets import Layout
+from .errors import ProtocolError, SyncError
+from .messages import Grouping
+from .transports._process_group import Breathe, Group, Operation, no_breath
+from .transports.base import NUM_SLOTS
+
+
+class BroadcastSlots:
+    """One per engine worker and trainer; used by one thread. `me` is (engine number, worker index).
+
+    `senders[k]` is the trainer rank that broadcasts bucket k, `token` the session's: both come in SetUp.
+    """
+
+    def __init__(
+        self, layout: Layout, senders: Sequence[int], me: tuple[int, int], device: torch.device, token: str
+    ) -> None:
+        if len(senders) != layout.num_buckets:
+            raise ProtocolError(f"{len(senders)} senders came for {layout.num_buckets} buckets", phase="connect")
+        self._senders, self._me, self._device, self._token = list(senders), me, device, token
+        self._wire_bytes = wire_bytes(layout)
+        # Zeros: its pages are there before the first refit.
+        size = max(layout.bucket_bytes, 1)
+        self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
+        self._generation = 0
+        self._groups: dict[int, Group] = {}  # by sender
+        self._pending: tuple[int, Operation] | None = None  # bucket that is on its way
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the slots."""
+        return sum(slot.numel() for slot in self._slots)
+
+    def slot(self, index: int) -> torch.Tensor:
+        """Slot `index` as a flat uint8 tensor; bucket k lies in slot k % 2. Valid until `close`."""
+        return self._slots[index]
+
+    def join(self, grouping: Grouping, breathe: Breathe = no_breath) -> None:
+        """Be in the groups of `grouping`; at the begin of each attempt. Raises SyncError.
+
+        `breathe` is called while others are waited for, and ends the wait by raising.
+        """
+        if self._pending is not None:
+            self.abandon()  # an attempt that ended in the middle
+        if grouping.generation == self._generation:
+            if not self._groups and self._senders:
+                raise SyncError(f"group generation {grouping.generation} was given up", phase="stream")
+            return
+        self.abandon()
+        if self._me not in grouping.workers:
+            raise ProtocolError(f"worker {self._me[1]} of engine {self._me[0]} is not in the group", phase="stream")
+        self._generation = grouping.generation
+        try:
+            # In one order on all workers, so that nobody waits in a circle.
+            for sender in sorted(set(self._senders)):
+                meeting, names = broadcast_meeting(grouping, self._token, sender)
+                rank = 1 + grouping.workers.index(self._me)
+                self._groups[sender] = Group(
+                    meeting, rank, names, self._device, grouping.deadline_s, backend=grouping.backend, breathe=breathe
+                )
+        except BaseException:
+            self.abandon()
+            raise
+
+    def receive(self, bucket: int, breathe: Breathe = no_breath) -> None:
+        """Wait until `bucket` is in its slot; the next one is then on its way into the other slot.
+
+        Buckets come in order, and bucket - 1 must have been loaded. Raises SyncError; then `abandon`.
+        """
+        if self._pending is None:
+            self._post(bucket)
+        assert self._pending is not None
+        posted, operation = self._pending
+        if posted != bucket:
+            raise ProtocolError(f"bucket {posted} is on its way, but bucket {bucket} is asked for", phase="stream")
+        operation.wait(breathe)
+        self._pending = None
+        if bucket + 1 < len(self._senders):
+            self._post(bucket + 1)
+
+    def abandon(self) -> None:
+        """The attempt failed: leave the groups, which ends what is on its way. The next generation is joined anew."""
+        for group in self._groups.values():
+            group.close()
+        self._groups, self._pending = {}, None
+
+    def close(self) -> None:
+        """Leave the groups and free the slots. Calling it again does nothing."""
+        self.abandon()
+        self._slots = []
+
+    def _post(self, bucket: int) -> None:
+        sender = self._senders[bucket]
+        group = self._groups.get(sender)
+        if group is None:
+            raise ProtocolError(f"bucket {bucket} came before the members of its group", phase="stream")
+        slot = self._slots[bucket % NUM_SLOTS][: self._wire_bytes[bucket]]
+        self._pending = (bucket, group.broadcast(slot, 0, f"bucket {bucket} to come from trainer rank {sender}"))
