@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import zmq
 
-from .endpoints import is_remote, listening_address, needs_ipv6, peers_endpoint, private_directory
+from .endpoints import connect, is_remote, listen, listening_address, peers_endpoint, private_directory
 from .errors import DeadlineError, ProtocolError, SyncError, TrainerLostError
 from .handshake import Doorman, KeyPair, server_keys, use_as_client, use_as_server
 from .messages import AnyMessage, Goodbye
@@ -81,11 +81,9 @@ class Hub:
 
         Args:
             address: "tcp://127.0.0.1:*" or "ipc:///path". Refused if other hosts can reach it.
-            bind: the same, and may be reached from other hosts: "tcp://10.0.0.5:*", "tcp://[fd00::5]:4000",
-                "tcp://eth0:*", "tcp://0.0.0.0:*".
-            advertise: name or address of this host that peers connect to. Needed if `bind` stands for all addresses.
-            key: "auto", or the hub's own secret CURVE key: then everything is encrypted, and `server_key` travels to
-                the peers with the token.
+            bind: the same, for other hosts too: "tcp://10.0.0.5:*", "tcp://[fd00::5]:4000", "tcp://eth0:*".
+            advertise: name or address of this host that peers connect to. Needed if `bind` is "tcp://0.0.0.0:*".
+            key: "auto", or the hub's secret CURVE key, to encrypt: peers then need `server_key`, beside the token.
 
         Raises SyncError.
         """
@@ -190,14 +188,8 @@ class Hub:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.BACKLOG, 4096)  # all ranks connect at once
-        socket.setsockopt(zmq.IPV6, needs_ipv6(address))
         use_as_server(socket, keys)
-        try:
-            socket.bind(address)
-        except zmq.ZMQError as error:
-            raise SyncError(f"cannot listen on {address}: {error.strerror}", phase="connect") from error
-        if address.startswith("ipc://"):
-            Path(address.removeprefix("ipc://")).chmod(0o600)
+        listen(socket, address)
         return socket
 
     def _refuse_strangers(self) -> None:
@@ -242,15 +234,12 @@ class Link:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 5000)  # of a worker whose trainer has gone
-        self._socket.setsockopt(zmq.IPV6, needs_ipv6(endpoint))
         try:
             use_as_client(self._socket, token, server_key)
-            self._socket.connect(endpoint)
-        except (SyncError, zmq.ZMQError) as error:
+            connect(self._socket, endpoint)
+        except BaseException:
             self._context.destroy(linger=0)
-            if isinstance(error, SyncError):
-                raise
-            raise SyncError(f"cannot connect to {endpoint}: {error.strerror}", phase="connect") from error
+            raise
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._pidfd: int | None = None

@@ -1,13 +1,15 @@
-"""Where the hub of the control channel listens, and the endpoint that its peers are told."""
+"""Where the hub of the control channel listens, and the endpoint that its peers are told and connect to."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-import socket
+import socket as sockets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+import zmq
 
 from .errors import SyncError
 
@@ -64,7 +66,32 @@ def peers_endpoint(bound: str, advertise: str | None) -> str:
     return endpoint
 
 
-def needs_ipv6(endpoint: str) -> bool:
+def numeric_host(endpoint: str) -> str:
+    """The numeric address in `endpoint`; loopback for a Unix socket. Raises SyncError if its name is unknown."""
+    return _resolved(_host_and_port(endpoint)[0], endpoint) if endpoint.startswith("tcp://") else "127.0.0.1"
+
+
+def listen(socket: zmq.Socket[bytes], address: str) -> None:
+    """Bind `socket` to what `listening_address` returned. A Unix socket is this user's only. Raises SyncError."""
+    try:
+        socket.setsockopt(zmq.IPV6, _needs_ipv6(address))
+        socket.bind(address)
+        if address.startswith("ipc://"):
+            Path(address.removeprefix("ipc://")).chmod(0o600)
+    except (zmq.ZMQError, OSError) as error:
+        raise _error(f"cannot listen on {address}: {error.strerror}") from error
+
+
+def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect `socket` to a hub's endpoint. Raises SyncError if that is none."""
+    try:
+        socket.setsockopt(zmq.IPV6, _needs_ipv6(endpoint))
+        socket.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise _error(f"cannot connect to {endpoint}: {error.strerror}") from error
+
+
+def _needs_ipv6(endpoint: str) -> bool:
     """Whether a socket must speak IPv6 to use `endpoint`: an IPv6 address, or a name without an IPv4 address."""
     if not endpoint.startswith("tcp://"):
         return False
@@ -72,10 +99,10 @@ def needs_ipv6(endpoint: str) -> bool:
     if ":" in host:
         return True
     try:
-        socket.getaddrinfo(host, None, socket.AF_INET)
+        sockets.getaddrinfo(host, None, sockets.AF_INET)
     except OSError:
         try:
-            return bool(socket.getaddrinfo(host, None, socket.AF_INET6))
+            return bool(sockets.getaddrinfo(host, None, sockets.AF_INET6))
         except OSError:
             return False
     return False
@@ -105,10 +132,10 @@ def _resolved(host: str, address: str) -> str:
         return "0.0.0.0"
     with suppress(ValueError):
         return str(ipaddress.ip_address(host))
-    if host in (name for _, name in socket.if_nameindex()):
+    if host in (name for _, name in sockets.if_nameindex()):
         return host
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        found = sockets.getaddrinfo(host, None, type=sockets.SOCK_STREAM)
     except OSError as error:
         raise _error(f"cannot listen on {address}: {host!r} has no address ({error.strerror})") from error
     return str(found[0][4][0])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
 from .agreement import Offer
 from .control import Link, host_id
-from .errors import DeadlineError, Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
+from .errors import Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
+from .inbox import Inbox
 from .messages import (
     Abort,
     Alive,
@@ -44,7 +44,7 @@ class Follower:
         self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
         self._broken: Failure | None = None  # why no later refit can succeed
         self._attempt = 0
-        self._held: deque[AnyMessage] = deque()  # that came while this rank was waiting for something else
+        self._inbox = Inbox(self._link)
 
     def lend(self, lends: Lends) -> None:
         """Tell rank 0, for the engine's workers, what this rank lends on the direct path."""
@@ -114,21 +114,8 @@ class Follower:
             return
         started = time.perf_counter()
         with phase_range("fill"):
-            loan = source.fill(message, self._breathe)
+            loan = source.fill(message, lambda: self._inbox.breathe(message.attempt))
         self._link.send(Filled(message.attempt, message.bucket, time.perf_counter() - started, loan, message.lane))
-
-    def _breathe(self) -> None:
-        """While this rank waits for others in a transfer, rank 0 may abort it."""
-        while (message := self._poll()) is not None:
-            self._held.append(message)
-            if isinstance(message, Abort) and message.attempt == self._attempt:
-                raise raised(message.failure)
-
-    def _poll(self) -> AnyMessage | None:
-        try:
-            return self._link.recv(0.0, "what is there")
-        except DeadlineError:
-            return None
 
     def _next(self, attempt: int, what: str) -> AnyMessage:
         """The next message that is not left over from a refit that failed.
@@ -136,7 +123,7 @@ class Follower:
         Rank 0 says Alive while it waits for others.
         """
         while True:
-            message = self._held.popleft() if self._held else self._link.recv(self._patience_s, what)
+            message = self._inbox.take(self._patience_s, what)
             if not isinstance(message, Alive) and getattr(message, "attempt", attempt) >= attempt:
                 return message
 

@@ -37,7 +37,7 @@ def server_keys(key: str | None) -> KeyPair | None:
         return None
     if not zmq.has("curve"):
         raise SyncError(
-            f"key= asks for CURVE encryption, which libzmq {zmq.zmq_version()} here was built without: install pyzmq "
+            f"key= asks for encryption, and libzmq {zmq.zmq_version()} here was built without CURVE: install pyzmq "
             "from its wheels, or pass no key",
             phase="connect",
         )
@@ -72,7 +72,7 @@ def use_as_client(socket: zmq.Socket[bytes], token: str, server_key: str) -> Non
         socket.setsockopt(zmq.PLAIN_PASSWORD, token.encode())
         return
     if not zmq.has("curve"):
-        raise SyncError("trainer rank 0 encrypts with CURVE, which libzmq here was built without", phase="connect")
+        raise SyncError("trainer rank 0 encrypts, and libzmq here was built without CURVE", phase="connect")
     keys = _client_keys(token)
     socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.public)
     socket.setsockopt(zmq.CURVE_SECRETKEY, keys.secret)

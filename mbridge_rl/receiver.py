@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
+from .broadcast_slots import BroadcastSlots
 from .bucket_path import BucketPath
 from .buckets import read_set_up
 from .checker import Checker
@@ -32,6 +33,7 @@ from .errors import (
     SyncError,
     as_failure,
 )
+from .inbox import Inbox
 from .loading import guarded
 from .messages import (
     Abort,
@@ -53,7 +55,7 @@ from .messages import (
 from .observe import phase_range
 from .protocol import Peer
 from .target import Target
-from .transports.base import transport_class
+from .transports.base import COLLECTIVE, transport_class
 
 RELEASE_PATIENCE_S = 0.2  # a Goodbye that was sent arrives within this
 GRACE_S = 5.0  # peers wait this much longer than rank 0, so that its message, which knows more, arrives first
@@ -90,8 +92,10 @@ class _Session:
     """Connection to one trainer."""
 
     link: Link
+    inbox: Inbox
     invitation: Invitation
     path: Path
+    arrivals: BroadcastSlots | None  # on a collective lane: the path's slots
     checker: Checker
     attached: Attached
 
@@ -234,13 +238,19 @@ class Receiver:
             )
         transport = transport_class(message.transport)
         path: Path
-        if message.lends:
+        arrivals = None
+        if message.transport == COLLECTIVE:
+            me, token = (invitation.engine, self._index), str(message.address["token"])
+            arrivals = BroadcastSlots(layout, message.senders, me, self._target.device, token)
+            path = BucketPath(layout, self._target, examined, arrivals)
+        elif message.lends:
             path = DirectPath(layout, self._target, examined, message.lends, transport)
         else:
             path = BucketPath(layout, self._target, examined, transport.open(message.address))
         unused = [spec.name for spec in layout.tensors if spec.name not in found.consumed]
         attached = Attached(unused, examined.placement.unwritten())
-        return _Session(link, invitation, path, Checker(layout, self._target, examined.placement), attached)
+        checker = Checker(layout, self._target, examined.placement)
+        return _Session(link, Inbox(link), invitation, path, arrivals, checker, attached)
 
     def _stream(self, running: _Running) -> None:
         path, attempt = running.session.path, running.attempt
@@ -249,11 +259,27 @@ class Receiver:
         running.seconds = time.perf_counter() - started
         for bucket in range(path.num_buckets):
             message = self._expect(running, Load, f"bucket {bucket}", bucket)
+            self._await_bucket(running, message)
             started = time.perf_counter()
             with phase_range("load"):
                 path.apply(message)
             running.session.link.send(Loaded(attempt, bucket, time.perf_counter() - started))
             running.is_checked = message.is_checked
+
+    @staticmethod
+    def _await_bucket(running: _Running, message: Load) -> None:
+        """On a collective lane: take part in the transfer of the bucket."""
+        session = running.session
+        if session.arrivals is None:
+            return
+
+        def breathe() -> None:
+            session.inbox.breathe(running.attempt)
+
+        if message.grouping is not None:
+            session.arrivals.join(message.grouping, breathe)
+        with phase_range("receive"):
+            session.arrivals.receive(message.bucket, breathe)
 
     def _finish(self, running: _Running) -> None:
         """Finish the refit, send checksums if they are asked for, and wait for Commit."""
@@ -305,6 +331,8 @@ class Receiver:
 
     def _abandon(self, session: _Session) -> None:
         session.path.forget()
+        if session.arrivals is not None:
+            session.arrivals.abandon()
         try:
             guarded(self._target.abandon, "abandon the update")
         except SyncError as error:
@@ -313,7 +341,7 @@ class Receiver:
     def _expect(self, running: _Running, kind: type[M] | tuple[type[M], ...], what: str, bucket: int | None) -> M:
         session = running.session
         while True:
-            message = session.link.recv(session.invitation.deadline_s + GRACE_S, what)
+            message = session.inbox.take(session.invitation.deadline_s + GRACE_S, what)
             if isinstance(message, Alive) or getattr(message, "attempt", running.attempt) < running.attempt:
                 continue  # rank 0 waits for others; or left over from a refit that failed
             if isinstance(message, Abort):

@@ -28,16 +28,17 @@ from .agreement import Offer, agree, digest_of, owned_boxes, share, world
 from .buckets import Layout, plan_buckets
 from .conductor import Conductor, OnError, Options
 from .control import Hub, host_id
+from .endpoints import numeric_host
 from .engines.base import InFlight
 from .errors import EngineError, SyncError, TransportError, as_failure
 from .fleet import Member
 from .follower import Follower
-from .lanes import COLLECTIVE, LOCAL, REMOTE, TrainerLanes, Way
+from .lanes import LOCAL, REMOTE, TrainerLanes, Way
 from .messages import Check, Done, Fill, Lends, Loan
 from .observe import FleetStatus, Observer
 from .report import SyncReport, VerifyReport
 from .source import Source, totals
-from .transports.base import transport_for
+from .transports.base import COLLECTIVE, transport_for
 
 if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry
@@ -269,7 +270,7 @@ class WeightSyncer:
         if plan is None or layout is None:
             raise AssertionError("agree() raises when a rank has no plan")
         self.layout, self._plan = layout, plan
-        self._lanes = TrainerLanes(self.rank, plan, layout, self._live, offers)
+        self._lanes = TrainerLanes(self.rank, plan, layout, self._live, offers, self._host())
         if self._side is None:
             self._side = Follower(offers[0], self.rank, self._options.deadline_s)
         self._open_lanes(offers[0].lanes)
@@ -307,6 +308,10 @@ class WeightSyncer:
             return Offer(failure=as_failure(error, f"trainer rank {self.rank}", "connect")), None, None, []
         return offer, plan, layout, joining
 
+    def _host(self) -> str:
+        """The numeric address of rank 0 that others reach: where it listens."""
+        return numeric_host(self._side.hub.endpoint if isinstance(self._side, Conductor) else "")
+
     def _lanes_of(self, joining: Sequence[Member], way: Way) -> dict[int, tuple[str, str]]:
         """Put each engine on its lane; the lanes that are used, with their ways."""
         for member in joining:
@@ -337,7 +342,7 @@ class WeightSyncer:
         """The new engines' workers open their half."""
         assert self._side is not None
         if isinstance(self._side, Conductor):
-            self._side.lanes = self._lanes.flows()
+            self._side.lanes, self._side.store = self._lanes.flows(), self._lanes.store
             used = {member.lane for member in joining}
             answer = self._side.connect(joining, {lane: self._lanes.set_up(lane, self._lends([lane])) for lane in used})
             self._side.version = answer.version

@@ -56,23 +56,18 @@ def serve(host: str, deadline_s: float) -> TCPStore:
     object. Raises TransportError if that address cannot be bound.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    timeout = timedelta(seconds=deadline_s)
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         try:
             listener.bind((host, 0))
             listener.listen(4096)  # all members come at once
-        except OSError as error:
-            raise TransportError(f"cannot listen on {host}: {error.strerror or error}", phase="connect") from error
-        port = listener.getsockname()[1]
-        # By itself it would listen on all interfaces. The descriptor is the store's from here on.
-        return TCPStore(
-            host,
-            port,
-            None,
-            True,
-            timedelta(seconds=deadline_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+            port = listener.getsockname()[1]
+            # By itself it would listen on all interfaces. The descriptor is the store's from here on.
+            file = listener.detach()
+            return TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=file)
+        except (OSError, dist.DistError) as error:
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise TransportError(f"cannot listen on {host}: {reason}", phase="connect") from error
 
 
 def connect(host: str, port: int, deadline_s: float) -> tuple[TCPStore, str]:
@@ -187,18 +182,11 @@ class Group:
         if self.is_aborted:
             return
         self.is_aborted = True
-        group, self._group = self._group, None
-        if group is None or len(self.names) == 1:
-            return
-        if self.backend == "nccl":
-            # It waits for kernels, which end as soon as they see that they are aborted.
-            threading.Thread(target=group.abort, name="abort group", daemon=True).start()
-            return
-        # ProcessGroupGloo has no abort. But a receive that times out closes all connections of its group, and with
-        # them ends all that is under way, in microseconds.
-        nothing = torch.empty(1, dtype=torch.uint8)
-        with suppress(RuntimeError):
-            group.recv([nothing], (self.rank + 1) % len(self.names), 0).wait(timedelta(milliseconds=1))
+        leaving, self._group = [self._group], None
+        # In a thread: torch's own clean-up waits for operations under way, such as one that passes bytes on to a member
+        # that hangs.
+        arguments = (leaving, self.backend, (self.rank + 1) % len(self.names))
+        threading.Thread(target=_end, args=arguments, name="mbridge-end-group", daemon=True).start()
 
     def close(self) -> None:
         """Leave. Waits for nobody: what is under way ends with an error."""
@@ -280,6 +268,21 @@ class Group:
             group = dist.ProcessGroupNCCL(store, self.rank, len(self.names), nccl)
         group.eager_connect_single_device(self.device)
         return group
+
+
+def _end(leaving: list[Any], backend: str, neighbour: int) -> None:
+    """End all operations of the group in `leaving`, and drop it."""
+    group = leaving.pop()
+    if group is None:
+        return
+    if backend == "nccl":
+        group.abort()
+        return
+    # ProcessGroupGloo has no abort. But a receive that times out closes all connections of its group, and with them
+    # ends all that is under way, in microseconds.
+    nothing = torch.empty(1, dtype=torch.uint8)
+    with suppress(RuntimeError):
+        group.recv([nothing], neighbour, 0).wait(timedelta(milliseconds=1))
 
 
 @contextmanager

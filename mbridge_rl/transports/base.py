@@ -23,6 +23,7 @@ import torch
 from ..errors import TransportError
 
 NUM_SLOTS = 2
+COLLECTIVE = "collective"  # the transport that shares no memory
 
 Address = dict[str, str | int]  # plain values, that any message can carry
 
@@ -70,6 +71,8 @@ class Transport(ABC):
     """
 
     name: ClassVar[str]
+    is_shared: ClassVar[bool] = True
+    """Whether a slot is one memory for all processes. If not, members have slots of their own, and `slot` raises."""
 
     @classmethod
     @abstractmethod
