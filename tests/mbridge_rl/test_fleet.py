@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from mbridge_rl.errors import (
     SyncError,
     VersionError,
 )
+from mbridge_rl.fleet import Member
+from mbridge_rl.lanes import REMOTE, Way
 from mbridge_rl.messages import Fill
 from mbridge_rl.protocol import EngineState
 from mbridge_rl.syncer import PathChoice
@@ -30,7 +32,11 @@ from tests.mbridge_rl.ranks import run_ranks
 from tests.mbridge_rl.test_sync import BUCKET_BYTES, DEADLINE_S, GROUPS, errors, shapes, weights
 from tests.mbridge_rl.worker_engine import ProcessEngine
 
-PATHS: list[PathChoice] = ["bucket", "direct"]
+LANES: dict[str, dict[str, Any]] = {
+    "bucket": {},
+    "direct": {"path": "direct"},
+    "collective": {"transport": "collective"},
+}
 
 
 class Named(ProcessEngine):
@@ -74,9 +80,9 @@ def engines() -> Iterator[list[Named]]:
 # --- all is well ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_all_engines_get_the_same_weights(engines: list[Named], path: PathChoice) -> None:
-    bridge, syncer = connect(0, 1, engines, path=path)
+@pytest.mark.parametrize("lane", LANES)
+def test_all_engines_get_the_same_weights(engines: list[Named], lane: str) -> None:
+    bridge, syncer = connect(0, 1, engines, **LANES[lane])
     with syncer:
         for version in (1, 2, 3):
             bridge.set(weights(version))
@@ -132,9 +138,9 @@ def test_rolling_refits_one_engine_after_the_other(engines: list[Named]) -> None
 # --- an engine fails --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_failing_engine_fails_the_refit_for_all(engines: list[Named], path: PathChoice) -> None:
-    bridge, syncer = connect(0, 1, engines, path=path)
+@pytest.mark.parametrize("lane", LANES)
+def test_a_failing_engine_fails_the_refit_for_all(engines: list[Named], lane: str) -> None:
+    bridge, syncer = connect(0, 1, engines, **LANES[lane])
     with syncer:
         engines[1].set(1, poison="layers.1.q")
         with pytest.raises(EngineLoadError, match=r"beta: .*poisoned") as caught:
@@ -150,14 +156,14 @@ def test_a_failing_engine_fails_the_refit_for_all(engines: list[Named], path: Pa
         assert all(holds(engine, 2) for engine in engines)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_quarantine_leaves_the_failing_engine_behind(engines: list[Named], path: PathChoice) -> None:
-    bridge, syncer = connect(0, 1, engines, path=path, on_error="quarantine")
+@pytest.mark.parametrize("lane", LANES)
+def test_quarantine_leaves_the_failing_engine_behind(engines: list[Named], lane: str) -> None:
+    bridge, syncer = connect(0, 1, engines, **LANES[lane], on_error="quarantine")
     with syncer:
         syncer.sync()
         bridge.set(weights(2))
         engines[1].set(1, poison="layers.1.q")
-        if path == "direct":  # its loader is asked again only after a failure
+        if lane == "direct":  # its loader is asked again only after a failure
             syncer.remove_engine(engines[1])
             with pytest.raises(EngineLoadError, match="poisoned"):
                 syncer.add_engine(engines[1])
@@ -187,10 +193,10 @@ def test_quarantine_leaves_the_failing_engine_behind(engines: list[Named], path:
         assert all(holds(engine, 4) for engine in engines)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("on_error", ["raise", "quarantine"])
-def test_a_killed_worker(engines: list[Named], path: PathChoice, on_error: str) -> None:
-    bridge, syncer = connect(0, 1, engines, path=path, on_error=on_error)
+def test_a_killed_worker(engines: list[Named], lane: str, on_error: str) -> None:
+    bridge, syncer = connect(0, 1, engines, **LANES[lane], on_error=on_error)
     syncer.__class__ = KillsAtBucket
     syncer.victim = 0  # type: ignore[attr-defined]
     with syncer:
@@ -285,12 +291,40 @@ def test_a_trainers_own_failure_blames_no_engine(engines: list[Named]) -> None:
         assert all(holds(engine, 2) for engine in engines)
 
 
+class HalfRemote(WeightSyncer):
+    """Takes every second engine for one on another host."""
+
+    def _lanes_of(self, joining: Sequence[Member], way: Way) -> dict[int, tuple[str, str]]:
+        lanes = super()._lanes_of(joining, way)
+        for member in joining[1::2]:
+            member.lane = REMOTE
+            lanes[REMOTE] = ("bucket", "collective")
+        return lanes
+
+
+@pytest.mark.parametrize("path", ["bucket", "direct"])
+def test_engines_on_two_lanes(engines: list[Named], path: PathChoice) -> None:
+    bridge = FakeBridge(weights(1), groups=GROUPS)
+    options: dict[str, Any] = {"path": path, "bucket_bytes": BUCKET_BYTES, "deadline_s": DEADLINE_S}
+    with HalfRemote(bridge, engines, on_error="quarantine", **options) as syncer:
+        for version in (1, 2, 3):
+            bridge.set(weights(version))
+            report = syncer.sync(verify="full")
+            assert all(holds(engine, version) for engine in engines)
+        assert set(report.paths.values()) == {f"{path}+bucket"}
+        assert {status.transport for status in syncer.status().engines} == {"shared_memory", "collective"}
+        bridge.set(weights(4))
+        engines[1].set(0, poison="head")
+        assert list(syncer.sync().quarantined) == ["beta"]
+        assert holds(engines[0], 4) and holds(engines[2], 4)
+
+
 # --- engines come and go ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_newcomers_get_the_current_version_before_they_serve(engines: list[Named], path: PathChoice) -> None:
-    bridge, syncer = connect(0, 1, engines[0], path=path)
+@pytest.mark.parametrize("lane", LANES)
+def test_newcomers_get_the_current_version_before_they_serve(engines: list[Named], lane: str) -> None:
+    bridge, syncer = connect(0, 1, engines[0], **LANES[lane])
     with syncer:
         for version in (1, 2, 3):
             bridge.set(weights(version))
