@@ -14,7 +14,7 @@ from itertools import accumulate
 from mbridge.pieces import Box, Copy, Piece, Region
 
 from .buckets import ALIGNMENT, Layout, aligned, fill_copies
-from .messages import Grouping
+from .messages import Grouping, Share
 from .transports._process_group import Meeting
 
 OwnedBox = tuple[str, tuple[int, ...], tuple[int, ...]]  # HF name, start, stop: as agreement.Offer carries them
@@ -83,10 +83,16 @@ def packed(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def broadcast_meeting(grouping: Grouping, token: str, sender: int) -> tuple[Meeting, list[str]]:
-    """Where `sender` and the workers meet, and the names of the members in rank order: the sender is member 0."""
-    names = [f"trainer rank {sender}", *(f"worker {index} of engine {engine}" for engine, index in grouping.workers)]
-    return _meeting(grouping, token, f"broadcast/{sender}"), names
+def shares_of(grouping: Grouping) -> list[Share]:
+    """The classes of workers; without sharding, one of all."""
+    return grouping.shares or [Share("", list(range(len(grouping.workers))))]
+
+
+def broadcast_meeting(grouping: Grouping, token: str, sender: int, share: int = 0) -> tuple[Meeting, list[str]]:
+    """Where `sender` and the workers of class number `share` meet, and the members' names: the sender is member 0."""
+    workers = [grouping.workers[member] for member in shares_of(grouping)[share].members]
+    names = [f"trainer rank {sender}", *(f"worker {index} of engine {engine}" for engine, index in workers)]
+    return _meeting(grouping, token, f"broadcast/{sender}/{share}"), names
 
 
 def collect_meeting(grouping: Grouping, token: str, ranks: Sequence[int]) -> tuple[Meeting, list[str]]:

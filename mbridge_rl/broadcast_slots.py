@@ -35,6 +35,7 @@ class BroadcastSlots:
         self._slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self._generation = 0
         self._groups: dict[int, Group] = {}  # by sender
+        self._left: list[Group] = []  # that may still write into the slots
         self._pending: tuple[int, Operation] | None = None  # bucket that is on its way
 
     @property
@@ -61,6 +62,9 @@ class BroadcastSlots:
         if self._me not in grouping.workers:
             raise ProtocolError(f"worker {self._me[1]} of engine {self._me[0]} is not in the group", phase="stream")
         self._generation = grouping.generation
+        while self._left:
+            self._left[-1].wait_ended(breathe)
+            self._left.pop()
         try:
             # In one order on all workers, so that nobody waits in a circle.
             for sender in sorted(set(self._senders)):
@@ -93,6 +97,7 @@ class BroadcastSlots:
         """The attempt failed: leave the groups, which ends what is on its way. The next generation is joined anew."""
         for group in self._groups.values():
             group.close()
+        self._left += self._groups.values()
         self._groups, self._pending = {}, None
 
     def close(self) -> None:

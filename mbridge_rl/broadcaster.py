@@ -67,6 +67,7 @@ class Broadcaster:
         self._local = LocalCopies(program, owned, self._dtypes)
         self._generation = 0  # that the groups are of
         self._group: Group | None = None  # of a sender: itself and all workers
+        self._left: list[Group] = []  # that may still use the buffers
         self._sent: list[Operation | None] = [None] * NUM_SLOTS  # the last broadcast out of each slot
         self._is_under_way = False  # an attempt, on this rank
 
@@ -139,6 +140,9 @@ class Broadcaster:
             return
         self._leave()
         self._generation = grouping.generation
+        while self._left:
+            self._left[-1].wait_ended(breathe)
+            self._left.pop()
         for circle in self._circles.values():
             if len(circle.ranks) > 1:
                 meeting, names = collect_meeting(grouping, self._token, circle.ranks)
@@ -157,10 +161,10 @@ class Broadcaster:
         return not has_all or (bool(self._slots) and self._group is None)
 
     def _leave(self) -> None:
-        for circle in self._circles.values():
-            circle.leave()
-        if self._group is not None:
-            self._group.close()
+        groups = [self._group, *(circle.leave() for circle in self._circles.values())]
+        self._left += [group for group in groups if group is not None]
+        for group in self._left:
+            group.close()
         self._group, self._sent = None, [None] * NUM_SLOTS
 
     def _collect(self, bucket: int) -> None:
@@ -257,10 +261,11 @@ class _Circle:
         for source, destination in self._received[bucket]:
             destination.copy_(source)
 
-    def leave(self) -> None:
-        if self.group is not None:
-            self.group.close()
+    def leave(self) -> Group | None:
+        """Forget the group, which the caller closes."""
+        group = self.group
         self.group = self._operation = None
+        return group
 
     def _bytes_at(self, bucket: int) -> int:
         """Of the buffer of this rank."""

@@ -101,7 +101,8 @@ def plan_buckets(
         for t in group:
             _split(t, tensors[t], capacity, cursor)
         cursor.next_bucket_if_used()
-    return Layout(tuple(tensors), groups, tuple(cursor.parts), cursor.largest, cursor.num_buckets, optional_names)
+    largest = max(cursor.largest, ALIGNMENT)  # slots have some size, also of a model without tensors
+    return Layout(tuple(tensors), groups, tuple(cursor.parts), largest, cursor.num_buckets, optional_names)
 
 
 def write_set_up(layout: Layout, transport: str, address: dict[str, str | int], lends: Sequence[Lends] = ()) -> SetUp:

@@ -32,6 +32,7 @@ from .messages import (
     Connected,
     Done,
     Enter,
+    Failed,
     Fill,
     Filled,
     Goodbye,
@@ -89,6 +90,7 @@ class Conductor:
         self.version = 0  # the last that was committed
         self.board = Switchboard(hub, options.deadline_s)
         self.fleet = Fleet(self.board, options.deadline_s)
+        self.board.expects = self._expects
         self.broken: Failure | None = None  # why no later refit can succeed
         self.copy_limit_gb_s: float | None = None
         self.lanes: dict[int, Lane] = {}
@@ -125,6 +127,7 @@ class Conductor:
             )
         except SyncError as error:
             answer = Abort(0, error.failure) if isinstance(answer, Connected) else answer
+        self.hub.hide_endpoint()
         self.board.send_all(self.board.trainers, answer)
         if isinstance(answer, Abort):
             raise raised(answer.failure)
@@ -155,6 +158,13 @@ class Conductor:
             for m in self.fleet
         )
         return FleetStatus(self.version, engines, self.broken)
+
+    def _expects(self, peer: Peer) -> bool:
+        """Whether there is such a rank or worker."""
+        if peer.role == "trainer":
+            return 0 < peer.index < self._num_trainers
+        member = self.fleet.members.get(peer.engine)
+        return member is not None and peer.index < member.num_workers
 
     def close(self) -> None:
         """Say Goodbye to everyone and let the engines detach. Calling it again does nothing."""
@@ -335,7 +345,8 @@ class Conductor:
                 call = refit.engine_call(number)
                 if call is not None:
                     current.calls_s[call.value] = max(returned.seconds, current.calls_s.get(call.value, 0.0))
-                self._carry_out(current, refit.called(number, returned.failure, time.monotonic()))
+                failure = returned.failure and _located(returned.failure, refit, self.fleet.members[number].name)
+                self._carry_out(current, refit.called(number, failure, time.monotonic()))
         self._carry_out(current, refit.tick(time.monotonic()))
 
     def _entering(self, current: _Attempt, version: int) -> list[Action]:
@@ -375,6 +386,8 @@ class Conductor:
         attempt = getattr(message, "attempt", refit.attempt)
         if attempt > refit.attempt:
             self._early.append((peer, message))
+        if isinstance(message, Failed):
+            message = msgspec.structs.replace(message, failure=_located(message.failure, refit, str(peer)))
         is_ours = peer.role == "trainer" or peer.engine in refit.sides
         return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt and is_ours else []
 
@@ -471,6 +484,11 @@ class Conductor:
             unwritten={name: n for m in took_part for a in m.attached.values() for name, n in a.unwritten.items()},
             quarantined={m.name: m.quarantine.message for m in self.fleet if m.quarantine is not None},
         )
+
+
+def _located(failure: Failure, refit: Refit, origin: str) -> Failure:
+    """`failure` with what it does not say itself of where it began."""
+    return replace(failure, origin=failure.origin or origin, phase=failure.phase or str(refit.phase))
 
 
 def _show(current: _Attempt) -> None:

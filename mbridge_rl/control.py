@@ -17,7 +17,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import zmq
@@ -25,32 +24,15 @@ import zmq
 from .endpoints import connect, is_remote, listen, listening_address, peers_endpoint, private_directory
 from .errors import DeadlineError, ProtocolError, SyncError, TrainerLostError
 from .handshake import Doorman, KeyPair, server_keys, use_as_client, use_as_server
+from .hosts import host_id, open_pidfd
 from .messages import AnyMessage, Goodbye
 from .wire import MAX_MESSAGE_BYTES, pack, unpack
 
 LINGER_MS = 1000  # a last message (Abort, Goodbye) may take this long to leave
+HEARTBEAT_MS, SILENCE_MS = 2000, 10_000  # how often a connection is tried; after how much silence it is dropped
 MAX_EVENTS = 4096  # of one `wait`: no flood of messages keeps rank 0 from its deadlines
 MAX_QUEUED = 256  # messages of one peer that wait here for rank 0; a refit needs a handful
 _log = logging.getLogger(__name__)
-
-
-def host_id() -> str:
-    """Equal in two processes exactly if they run on one boot of one host and see each other's process ids."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-
-
-def open_pidfd(pid: int) -> int | None:
-    """A file descriptor that becomes readable when process `pid` ends; None where the kernel has none.
-
-    Raises ProcessLookupError if there is no such process.
-    """
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
-    except OSError:  # ENOSYS, or a sandbox without it: deadlines still hold
-        return None
 
 
 class Received(NamedTuple):
@@ -165,6 +147,13 @@ class Hub:
                 self._forget(pidfd)
                 yield Lost(peer)
 
+    def show_endpoint(self) -> None:
+        """Listen on a Unix socket of another name, if the last one is hidden: peers are about to come."""
+        if self._directory is not None and not self._directory.exists():
+            self._directory = private_directory()
+            self.endpoint = f"ipc://{self._directory}/control"
+            listen(self._socket, self.endpoint)
+
     def hide_endpoint(self) -> None:
         """Remove the socket's name once everyone is connected, so that a crash leaves nothing behind."""
         if self._directory is not None:
@@ -188,6 +177,9 @@ class Hub:
         socket.setsockopt(zmq.LINGER, LINGER_MS)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.BACKLOG, 4096)  # all ranks connect at once
+        if address.startswith("tcp://"):  # a peer on another host that hangs or is cut off is found out by ZMQ
+            socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
         use_as_server(socket, keys)
         listen(socket, address)
         return socket
@@ -253,8 +245,11 @@ class Link:
             self._poller.register(self._pidfd, zmq.POLLIN)
 
     def send(self, message: AnyMessage) -> None:
-        """Queue `message` for the hub."""
-        self._socket.send_multipart(pack(message, self._token), flags=zmq.NOBLOCK)
+        """Queue `message` for the hub. Raises TrainerLostError if it has taken none for so long that no more fit."""
+        try:
+            self._socket.send_multipart(pack(message, self._token), flags=zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise TrainerLostError("trainer rank 0 takes no messages any more", origin="trainer rank 0") from error
 
     def recv(self, deadline_s: float, what: str) -> AnyMessage:
         """The next message.

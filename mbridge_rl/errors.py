@@ -104,6 +104,9 @@ class EngineLoadError(EngineError):
     """The engine's own loader, or another of its calls, failed."""
 
 
+MAX_WORDS = 4000  # characters of a foreign error's text that are told to others
+
+
 def raised(failure: Failure) -> SyncError:
     """The error that `failure` describes, to raise here. A class this side does not know becomes a SyncError."""
     classes = {cls.__name__: cls for cls in _tree(SyncError)}
@@ -116,7 +119,7 @@ def as_failure(error: BaseException, origin: str, phase: str = "") -> Failure:
     if isinstance(error, SyncError):
         own = error.failure
         return Failure(own.kind, own.message, own.origin or origin, own.phase or phase, own.tensor)
-    return Failure("SyncError", f"{type(error).__name__}: {error}", origin, phase)
+    return Failure("SyncError", f"{type(error).__name__}: {error}"[:MAX_WORDS], origin, phase)
 
 
 def _tree(cls: type[SyncError]) -> Iterator[type[SyncError]]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .control import host_id
 from .engines._thread import EngineThread
 from .engines.base import Engine, as_engine
 from .errors import EngineBusyError, EngineError, EngineMismatchError, EngineStaleError, Failure, raised
+from .hosts import host_id
 from .messages import AnyMessage, Attached, Goodbye, Hello, Invitation, SetUp
 from .protocol import EngineState, Peer
 from .switchboard import Arrived, Switchboard
@@ -70,6 +70,7 @@ class Fleet:
     def invite(self, engines: Iterable[object]) -> list[Member]:
         """Have the workers of new engines connect. They then wait for `set_up`. Raises SyncError; then none joined."""
         hub = self._board.hub
+        hub.show_endpoint()
         joining = []
         for given in engines:
             self._check_free(given)

@@ -48,9 +48,7 @@ class Flow:
     def open(self) -> list[Action]:
         """The engines are paused: what is filled may be loaded."""
         self.is_open = True
-        if self.lane.meets:
-            return self._first_fills()
-        return [action for bucket in list(self.filling) for action in self._load_if_filled(bucket)]
+        return self._first_fills() if self.lane.meets else self._load_filled()
 
     def waits_for(self, peer: Peer, message: Filled | Loaded) -> bool:
         waiting = self.filling if isinstance(message, Filled) else self.loading
@@ -60,7 +58,7 @@ class Flow:
         if message.loan is not None:
             self.loans[peer.index] = message.loan
         self.filling[message.bucket].discard(peer)
-        return self._next_if_over(message.bucket) if self.lane.meets else self._load_if_filled(message.bucket)
+        return self._next_if_over(message.bucket) if self.lane.meets else self._load_filled()
 
     def loaded(self, peer: Peer, bucket: int) -> list[Action]:
         self.loading[bucket].discard(peer)
@@ -76,8 +74,15 @@ class Flow:
         fills: list[Action] = [Send(peer, Fill(self.attempt, bucket, self.number)) for peer in self.trainers]
         return fills + (self._load(bucket) if self.lane.meets else [])
 
-    def _load_if_filled(self, bucket: int) -> list[Action]:
-        return self._load(bucket) if self.is_open and not self.filling[bucket] else []
+    def _load_filled(self) -> list[Action]:
+        """Load what is filled. Workers take buckets in order, also if an answer of a trainer was lost."""
+        actions: list[Action] = []
+        for bucket in sorted(self.filling):
+            if not self.is_open or self.filling[bucket]:
+                break
+            if bucket not in self.loading:
+                actions += self._load(bucket)
+        return actions
 
     def _load(self, bucket: int) -> list[Action]:
         self.loading[bucket] = set(self.workers)

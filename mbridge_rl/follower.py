@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from .agreement import Offer
-from .control import Link, host_id
+from .control import Link
 from .errors import Failure, ProtocolError, SyncError, TrainerLostError, as_failure, raised
+from .hosts import host_id
 from .inbox import Inbox
 from .messages import (
     Abort,
@@ -81,7 +83,10 @@ class Follower:
             self._broken = error.failure
             raise
         except BaseException as error:  # also Ctrl-C: rank 0 learns why this rank leaves, if it does not know
-            self._link.send(Failed(self._attempt, as_failure(error, self._me)))
+            failure = as_failure(error, self._me)
+            if not isinstance(error, SyncError):
+                failure = replace(failure, message=f"{self._me} left the refit: {failure.message}")
+            self._link.send(Failed(self._attempt, failure))
             raise
 
     def close(self) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import msgspec
 
 from .errors import Failure
+
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
 class Invitation(msgspec.Struct, frozen=True):
@@ -22,6 +26,21 @@ class Invitation(msgspec.Struct, frozen=True):
         return f"Invitation(to {self.endpoint}, as engine {self.engine})"
 
 
+class Needs(msgspec.Struct, frozen=True):
+    """What a worker needs of the HF tensors on a sharded lane, once it has learnt it."""
+
+    digest: str  # of the plan by which both sides pack it
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...], list[int]]]  # start, stop, HF tensors' numbers
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What a class of workers gets of each bucket."""
+
+    digest: str  # of the plan by which it is packed; "" for whole buckets
+    members: list[int]  # positions in Grouping.workers
+    needs: Needs | None = None  # for trainers, with a new generation
+
+
 class Grouping(msgspec.Struct, frozen=True):
     """Who takes part in a collective lane, and where they meet. A higher generation replaces the last one."""
 
@@ -31,6 +50,7 @@ class Grouping(msgspec.Struct, frozen=True):
     backend: str  # "gloo" | "nccl"
     deadline_s: float
     workers: list[tuple[int, int]]  # (engine, worker index) of all workers that take part, in rank order
+    shares: list[Share] = []  # each worker is in one; none: all get whole buckets
 
 
 class Loan(msgspec.Struct, frozen=True):
@@ -60,11 +80,11 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 class Hello(Message, frozen=True):
     """First message of a peer. A worker also says what it serves."""
 
-    role: str  # "trainer" | "worker"
-    index: int
+    role: Literal["trainer", "worker"]
+    index: Natural
     pid: int
     host: str
-    engine: int = 0
+    engine: Natural = 0
     version: int = 0
     is_stale: bool = False
     session_open: bool = False  # a trainer died inside a refit and left the engine's update session open
@@ -112,6 +132,8 @@ class Applied(Message, frozen=True):
     extra_bytes: int  # most memory the worker held for this refit beside its model
     reloaded: list[str] = []  # HF names that went through the engine's own loading, on the direct path
     reasons: dict[str, str] = {}  # engine module -> why it cannot be written directly
+    wire_bytes: int = 0  # that came to the worker on a collective lane
+    needs: Needs | None = None  # on a sharded lane, if this refit has shown them
 
 
 class Checked(Message, frozen=True):
@@ -163,6 +185,7 @@ class SetUp(Message, frozen=True):
     address: dict[str, str | int]
     lends: list[Lends] = []  # of every trainer, on the direct path
     senders: list[int] = []  # of each bucket, on a collective lane: the trainer rank that it comes from
+    is_sharded: bool = False  # on a collective lane: each worker gets what it needs
 
 
 class Connected(Message, frozen=True):
@@ -243,6 +266,8 @@ class Stats(msgspec.Struct, frozen=True):
     calls_s: dict[str, float] = {}  # engine call -> seconds
     unwritten: dict[str, int] = {}  # as in Attached
     quarantined: dict[str, str] = {}  # engine -> why this refit left it behind
+    mode: str = ""  # as in SyncReport
+    wire_bytes: int = 0  # as in Applied, of the worker to which most came
 
 
 class Done(Message, frozen=True):

@@ -51,6 +51,7 @@ from .waits import Wait, blamed, engines_of, in_words, waits
 
 # The words of this machine, for its callers.
 __all__ = [
+    "DRAIN_S",
     "NUM_DIRECT_STEPS",
     "NUM_SLOTS_IN_FLIGHT",
     "Action",
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 REPORT_S = 2.0  # how long after the engines' last calls their workers' last messages may arrive
+FROM_RANK_0 = frozenset(("DeadlineError", "EngineStaleError"))  # what a worker reports if that is silent, or aborts
 DRAIN_S = 5.0  # how long after a missed deadline the engines' calls may last
 Compare = Callable[[Mapping[Peer, Checked]], Verification]
 
@@ -129,6 +131,7 @@ class Refit:
         }
         self._missing: set[Peer] = set(self._trainers)  # who has not sent Enter; then Applied; then Committed
         self._versions: dict[int, int] = {}
+        self._told: Failure | None = None  # what Abort said
         self._untold: list[Peer] = []  # trainers that do not know yet that the attempt failed
         self._settling: set[Peer] = set()  # workers whose device still copies
         self._deadline = now + deadline_s
@@ -152,8 +155,8 @@ class Refit:
         """A message of this attempt arrived."""
         if self.finished:
             return []
-        if self.phase is Phase.FAILING:  # whoever leaves for good will not take part in another attempt either
-            return self.lost(peer, "closed its WeightSyncer", now) if isinstance(message, Goodbye) else []
+        if self.phase is Phase.FAILING:
+            return self._learn(peer, message, now)
         self._deadline = now + self._deadline_s
         match message:
             case Enter(version=version) if self.phase is Phase.ENTER and peer in self._missing:
@@ -216,17 +219,41 @@ class Refit:
             case _:
                 return self._end_if_settled(now)
 
+    def _learn(self, peer: Peer, message: AnyMessage, now: float) -> list[Action]:
+        """While it fails: who leaves for good cannot be in the next attempt, nor should who failed by itself."""
+        match message:
+            case Goodbye():
+                return self.lost(peer, "closed its WeightSyncer", now)
+            case Failed(failure=failure) if not self._is_echo(failure):
+                culprits = self._blamed(peer, failure)
+                if culprits:
+                    self._explain(failure)
+                self.culprits |= culprits
+        return []
+
+    def _is_echo(self, failure: Failure) -> bool:
+        """Whether it is no more than what Abort said, which ended what the sender was doing."""
+        told = self._told
+        return told is not None and told.message == failure.message and told.origin in ("", failure.origin)
+
+    def _explain(self, failure: Failure) -> None:
+        """`failure` is why a transfer broke, if one did: those at its other ends may be sooner to report that."""
+        if self.failure is not None and self.failure.kind == "TransportError" and not self.culprits:
+            self.failure = failure
+
     def lost(self, peer: Peer, how: str, now: float) -> list[Action]:
         """A peer's process is gone."""
         if peer.role == "worker":
             if peer.engine not in self.sides:
                 return []
+            failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), str(self.phase))
+            self._explain(failure)
             self.sides[peer.engine].state = EngineState.GONE
             self.culprits.add(peer.engine)
-            failure = Failure("EngineGoneError", f"{peer} {how}; start a new engine", str(peer), str(self.phase))
         else:
             text = f"{peer} {how}; build a new WeightSyncer on the survivors"
             failure = Failure("TrainerLostError", text, str(peer), str(self.phase))
+            self._explain(failure)
             self.lost_trainer = self.lost_trainer or failure
         if self.phase is Phase.FAILING and peer.role == "worker":
             return self._drain(now)  # its calls will not come back
@@ -259,7 +286,7 @@ class Refit:
         """Fail, also for a reason from outside. `culprits`: numbers of the engines to blame."""
         if self.failure is not None or self.finished:
             return []
-        self.failure = failure
+        self.failure = self._told = failure
         self.culprits.update(culprits)
         for side in self.sides.values():
             if side.state is EngineState.UPDATING:
@@ -412,7 +439,7 @@ class Refit:
     def _blamed(self, peer: Peer, failure: Failure) -> set[int]:
         """The engines to blame for what `peer` reports: none if others may be its cause."""
         side = self._side_of(peer)
-        if side is None or failure.kind == "DeadlineError":  # rank 0 was silent
+        if side is None or failure.kind in FROM_RANK_0:
             return set()
         if failure.kind == "TransportError" and self._flows[side.lane].lane.meets:
             return set()

@@ -22,7 +22,7 @@ from .broadcast_slots import BroadcastSlots
 from .bucket_path import BucketPath
 from .buckets import read_set_up
 from .checker import Checker
-from .control import Link, host_id
+from .control import Link
 from .direct_path import DirectPath
 from .errors import (
     EngineBusyError,
@@ -33,6 +33,7 @@ from .errors import (
     SyncError,
     as_failure,
 )
+from .hosts import host_id
 from .inbox import Inbox
 from .loading import guarded
 from .messages import (
@@ -225,6 +226,8 @@ class Receiver:
 
     def _set_up(self, link: Link, invitation: Invitation) -> _Session:
         message = link.recv(invitation.deadline_s, "the plan")
+        while isinstance(message, Alive):  # rank 0 waits for others
+            message = link.recv(invitation.deadline_s, "the plan")
         if not isinstance(message, SetUp):
             raise ProtocolError(f"expected SetUp, got {type(message).__name__}")
         layout = read_set_up(message)

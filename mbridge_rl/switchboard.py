@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import NamedTuple
 
-from .control import Hub, Lost, Received, host_id
+from .control import Hub, Lost, Received
 from .errors import DeadlineError, EngineGoneError, TrainerLostError, raised
+from .hosts import host_id
 from .messages import Alive, AnyMessage, Failed, Hello
 from .protocol import Peer
 
@@ -32,6 +33,7 @@ class Switchboard:
         self._deadline_s = deadline_s
         self._routes: dict[Peer, bytes] = {}
         self._peers: dict[bytes, Peer] = {}
+        self.expects: Callable[[Peer], bool] = lambda peer: True  # who may say Hello
         self.lost: list[Peer] = []  # peers that ended while others were waited for
         self._beat_s = min(BEAT_S, deadline_s / 4)
         self._next_beat = 0.0
@@ -72,10 +74,12 @@ class Switchboard:
                     newcomer = self._register(route, hello)
                     if newcomer is not None:
                         yield Heard(newcomer, hello)
+                case Received(route, Hello()):
+                    _log.debug("ignored a second Hello of %s", self._peers[route])
                 case Received(route, message) if route in self._peers:
                     yield Heard(self._peers[route], message)
                 case Received(_, message):
-                    _log.warning("ignored %s from a stranger", type(message).__name__)
+                    _log.debug("ignored %s from nobody that is known", type(message).__name__)
                 case Lost(route) if route in self._peers:
                     yield Heard(self._peers[route], None)
 
@@ -113,8 +117,8 @@ class Switchboard:
 
     def _register(self, route: bytes, hello: Hello) -> Peer | None:
         peer = Peer(hello.role, hello.index, hello.engine)
-        if peer in self._routes:
-            _log.warning("ignored a second Hello of %s", peer)
+        if peer in self._routes or not self.expects(peer):
+            _log.warning("ignored a Hello of %s, who is not waited for", peer)
             return None
         self._routes[peer], self._peers[route] = route, peer
         if hello.host == host_id():

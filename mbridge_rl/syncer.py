@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
@@ -27,12 +27,13 @@ from mbridge.errors import MBridgeError
 from .agreement import Offer, agree, digest_of, owned_boxes, share, world
 from .buckets import Layout, plan_buckets
 from .conductor import Conductor, OnError, Options
-from .control import Hub, host_id
+from .control import Hub
 from .endpoints import numeric_host
 from .engines.base import InFlight
 from .errors import EngineError, SyncError, TransportError, as_failure
 from .fleet import Member
 from .follower import Follower
+from .hosts import host_id
 from .lanes import LOCAL, REMOTE, TrainerLanes, Way
 from .messages import Check, Done, Fill, Lends, Loan
 from .observe import FleetStatus, Observer
@@ -296,7 +297,7 @@ class WeightSyncer:
                     hub=hub,
                     observer=self._observer,
                 )
-                self._side.copy_limit_gb_s = _copy_limit(self._live)
+                self._side.copy_limit_gb_s = _copy_limit(_device_of(self._live))
                 joining = self._side.invite(engines)
                 lanes = self._lanes_of(joining, way)
                 offer = msgspec.structs.replace(
@@ -479,9 +480,16 @@ def _paths(layout: Layout, lanes: Sequence[str], reloaded: Sequence[str]) -> dic
     }
 
 
-def _copy_limit(live: Mapping[str, torch.Tensor]) -> float | None:
-    """GB/s (1e9) of a plain copy on the device of the parameters: the best of five. None if there is no room for it."""
-    device = next(iter(live.values())).device if live else torch.device("cpu")
+def _device_of(live: Mapping[str, torch.Tensor]) -> torch.device:
+    return next((tensor.device for tensor in live.values()), torch.device("cpu"))
+
+
+@cache
+def _copy_limit(device: torch.device) -> float | None:
+    """GB/s (1e9) of a plain copy on `device`: the best of five. None if there is no room for it.
+
+    Measured once in a process: it is the device's, and takes as long as a small refit.
+    """
     try:
         source = torch.ones(COPY_LIMIT_BYTES[device.type != "cpu"], dtype=torch.uint8, device=device)
         target = torch.ones_like(source)

@@ -27,8 +27,14 @@ def compare(tensors: Sequence[TensorSpec], checked: Mapping[Peer, Checked]) -> V
     unchecked: dict[str, str] = {}
     for peer, message in sorted(checked.items()):
         for number, total in message.totals.items():
+            if not 0 <= number < len(tensors):
+                wrong[f"tensor {number}"] = f"{peer} sums up a tensor that there is not"
+                continue
             totals[number] += total
         for number, start, stop, engine_name, total in message.boxes:
+            if not 0 <= number < len(tensors) or len(start) != len(stop):
+                wrong[engine_name] = f"{peer} says that it holds a box that there is not"
+                continue
             held[number][Box(start, stop)][total % MODULUS].append(f"{engine_name} of {peer}")
         wrong |= dict.fromkeys(message.changed, f"changed in {peer} since it was loaded")
         unchecked |= message.unchecked

@@ -7,12 +7,13 @@ run, and the caller can be told meanwhile that waiting is pointless (`breathe`).
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from ..errors import DeadlineError, TransportError
 
 Breathe = Callable[[], None]
 BREATH_S = 0.01  # at least so much lies between two calls of `breathe`
-LONGEST_PAUSE_S = 0.002  # between two looks at an operation
+LONGEST_PAUSE_S = 0.0002  # between two looks at an operation
 MEETING_PAUSE_S = 0.05  # between two looks at the store; a thousand members are then 20,000 questions a second
+EXIT_PATIENCE_S = 2.0  # how long a process that ends waits for groups that it gave up
 NUM_GLOO_THREADS = 2  # as many operations of one group are under way at once
 # A member may post a receive long before the sender has the bytes: torch's own timer must not be the first to go off.
 NATIVE_PATIENCE = 4
@@ -144,6 +146,7 @@ class Group:
         self.rank, self.names, self.device, self.deadline_s = rank, tuple(names), device, deadline_s
         self.backend = backend or backend_for(device)
         self.is_aborted = False
+        self._ended = threading.Event()
         self._group: Any = None
         client, own_address = connect(meeting.host, meeting.port, deadline_s)
         store = PrefixStore(meeting.prefix, client)
@@ -183,10 +186,23 @@ class Group:
             return
         self.is_aborted = True
         leaving, self._group = [self._group], None
-        # In a thread: torch's own clean-up waits for operations under way, such as one that passes bytes on to a member
-        # that hangs.
-        arguments = (leaving, self.backend, (self.rank + 1) % len(self.names))
-        threading.Thread(target=_end, args=arguments, name="mbridge-end-group", daemon=True).start()
+        # In a thread: NCCL's abort waits for kernels, and torch's own clean-up for operations under way.
+        peers = [r for r in range(len(self.names)) if r != self.rank]
+        arguments = (leaving, self.backend, peers, self._ended)
+        thread = threading.Thread(target=_end, args=arguments, name="mbridge-end-group", daemon=True)
+        # If it came back from native code while Python shuts down, the process would end with SIGABRT.
+        atexit.register(thread.join, EXIT_PATIENCE_S)
+        thread.start()
+
+    def wait_ended(self, breathe: Breathe = no_breath) -> None:
+        """After `abort`: until no operation touches its tensors any more, so that others may. Raises DeadlineError."""
+        end = time.monotonic() + self.deadline_s
+        while not self._ended.wait(BREATH_S):
+            if time.monotonic() >= end:
+                raise DeadlineError(
+                    f"waited {self.deadline_s:g} s for a group that was given up to end", phase="stream"
+                )
+            breathe()
 
     def close(self) -> None:
         """Leave. Waits for nobody: what is under way ends with an error."""
@@ -270,19 +286,31 @@ class Group:
         return group
 
 
-def _end(leaving: list[Any], backend: str, neighbour: int) -> None:
-    """End all operations of the group in `leaving`, and drop it."""
+def _end(leaving: list[Any], backend: str, peers: Sequence[int], ended: threading.Event) -> None:
+    """End all operations of the group in `leaving`, say so, and drop it, which may last."""
     group = leaving.pop()
-    if group is None:
-        return
-    if backend == "nccl":
-        group.abort()
-        return
-    # ProcessGroupGloo has no abort. But a receive that times out closes all connections of its group, and with them
-    # ends all that is under way, in microseconds.
+    try:
+        if group is not None and backend == "nccl":
+            group.abort()
+        elif group is not None:
+            _close_connections(group, peers)
+    finally:
+        ended.set()
+    del group
+    atexit.unregister(threading.current_thread().join)
+
+
+def _close_connections(group: Any, peers: Sequence[int]) -> None:
+    """ProcessGroupGloo has no abort. But a receive that times out closes all connections of its group, and with them
+    ends all that is under way, at once. One from a dead member only fails: then the next is asked.
+    """
     nothing = torch.empty(1, dtype=torch.uint8)
-    with suppress(RuntimeError):
-        group.recv([nothing], neighbour, 0).wait(timedelta(milliseconds=1))
+    for peer in peers:
+        try:
+            group.recv([nothing], peer, 0).wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            if "Timed out" in str(error):
+                return
 
 
 @contextmanager

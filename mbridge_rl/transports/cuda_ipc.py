@@ -15,8 +15,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from ..control import host_id
 from ..errors import TransportError
+from ..hosts import host_id
 from ._cuda_driver import driver
 from .base import NUM_SLOTS, Address, Lent, Mapped, Transport
 

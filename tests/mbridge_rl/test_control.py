@@ -18,9 +18,10 @@ import msgspec
 import pytest
 import zmq
 
-from mbridge_rl.control import MAX_MESSAGE_BYTES, Hub, Link, Lost, Received, Woken, host_id
+from mbridge_rl.control import MAX_MESSAGE_BYTES, Hub, Link, Lost, Received, Woken
 from mbridge_rl.errors import DeadlineError, ProtocolError, SyncError, TrainerLostError
 from mbridge_rl.handshake import use_as_client
+from mbridge_rl.hosts import host_id
 from mbridge_rl.messages import AnyMessage, Attached, Commit, Enter, Goodbye, Hello
 
 
@@ -242,7 +243,7 @@ def test_a_long_tmpdir_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_host_id_is_stable() -> None:
     other = subprocess.run(
-        [sys.executable, "-c", "from mbridge_rl.control import host_id; print(host_id())"],
+        [sys.executable, "-c", "from mbridge_rl.hosts import host_id; print(host_id())"],
         capture_output=True,
         text=True,
         check=True,
@@ -411,6 +412,18 @@ def test_encryption_that_libzmq_lacks_is_a_clear_error(monkeypatch: pytest.Monke
         Hub("tcp://127.0.0.1:*", key="auto")
     with pytest.raises(SyncError, match="without CURVE"):
         Link("tcp://127.0.0.1:1", "0" * 32, hub_pid=os.getpid(), hub_host=host_id(), server_key="x" * 40)
+
+
+def test_the_handshake_alone_turns_strangers_away(hub: Hub) -> None:
+    """Even one whose messages carry the token: nothing of his is read, so nothing of his is queued."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as raw:
+        raw.setsockopt(zmq.LINGER, 0)
+        raw.setsockopt(zmq.IPV6, 1)
+        use_as_client(raw, "0" * 32, hub.server_key)
+        raw.connect(hub.endpoint)
+        raw.send_multipart([hub.token.encode(), msgspec.msgpack.encode(Enter(1, 1))])
+        assert pumped(hub, 0.5) == []
+    assert hub.num_rejected >= 1
 
 
 # --- floods -----------------------------------------------------------------------------------------------------------

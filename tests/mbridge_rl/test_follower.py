@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mbridge_rl.agreement import Offer
-from mbridge_rl.control import Hub, Received, host_id
+from mbridge_rl.control import Hub, Received
 from mbridge_rl.errors import DeadlineError, ProtocolError, SyncError, TrainerLostError, VersionError
 from mbridge_rl.follower import GRACE_S, Follower
+from mbridge_rl.hosts import host_id
 from mbridge_rl.messages import (
     Abort,
     Alive,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,17 +32,33 @@ from mbridge_rl.messages import (
     Verification,
 )
 from mbridge_rl.protocol import (
+    DRAIN_S,
     Action,
     Call,
     EngineCall,
     EngineState,
+    Lane,
     Peer,
     Phase,
     Refit,
     Send,
+    Taking,
 )
 
 BUCKETS, TRAINERS, WORKERS, DEADLINE_S = 4, 2, 2, 100.0
+
+
+def one_engine(state: EngineState, **options: Any) -> Refit:
+    return Refit(
+        attempt=1,
+        last_version=7,
+        engines=[Taking(0, WORKERS, state)],
+        lanes={0: Lane(BUCKETS)},
+        num_trainers=TRAINERS,
+        deadline_s=DEADLINE_S,
+        now=0.0,
+        **options,
+    )
 
 
 class World:
@@ -52,16 +69,7 @@ class World:
     ) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
-        self.refit = Refit(
-            attempt=1,
-            last_version=7,
-            state=state,
-            num_trainers=TRAINERS,
-            num_workers=WORKERS,
-            num_buckets=BUCKETS,
-            deadline_s=DEADLINE_S,
-            now=self.now,
-        )
+        self.refit = one_engine(state)
         self.events: list[Callable[[], list[Action]]] = []
         self.calls: list[EngineCall] = []
         self.log: list[Action] = []
@@ -73,6 +81,10 @@ class World:
         self.silent: set[object] = set()  # peers and calls that never answer
         for rank in range(TRAINERS):
             self.post(Peer("trainer", rank), Enter(1, versions[rank]))
+
+    @property
+    def state(self) -> EngineState:
+        return self.refit.sides[0].state
 
     def step(self) -> bool:
         """One event; False if nothing is under way."""
@@ -98,7 +110,7 @@ class World:
 
     def returned(self, failure: Failure | None = None) -> list[Action]:
         self.is_calling = False
-        return self.refit.called(failure, self.now)
+        return self.refit.called(0, failure, self.now)
 
     def answer(self, peer: Peer, message: AnyMessage) -> None:
         match message:
@@ -157,12 +169,12 @@ def test_success_in_any_order(seed: int) -> None:
     world = World(seed)
     world.run()
     refit = world.refit
-    assert (refit.phase, refit.state, refit.version, refit.failure) == (Phase.DONE, EngineState.SERVING, 8, None)
+    assert (refit.phase, world.state, refit.version, refit.failure) == (Phase.DONE, EngineState.SERVING, 8, None)
     assert world.calls == [EngineCall.PAUSE, EngineCall.UPDATE, EngineCall.CLOSE, EngineCall.RESUME]
     assert sorted(world.sent(Fill)) == sorted(ALL[:TRAINERS] * BUCKETS)
     assert sorted(world.sent(Load)) == sorted(ALL[TRAINERS:] * BUCKETS)
     assert refit.fill_s == [0.5 * BUCKETS] * TRAINERS
-    assert refit.load_s == pytest.approx([0.25 * BUCKETS + 0.1] * WORKERS)
+    assert refit.load_s == pytest.approx(dict.fromkeys(ALL[TRAINERS:], 0.25 * BUCKETS + 0.1))
     assert refit.engine_extra_bytes == 5
     phases = [Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.COMMIT, Phase.RESUME, Phase.DONE]
     times = [refit.started[phase] for phase in phases]
@@ -249,26 +261,28 @@ def test_any_failure_at_any_moment_ends_the_refit_cleanly(injection: str, seed: 
         refit = world.refit
         where = f"{injection} at step {moment} in {before}"
         if refit.phase is Phase.DONE:  # it was too late to matter
-            assert refit.state is EngineState.SERVING
+            assert world.state is EngineState.SERVING
             assert before in (Phase.COMMIT, Phase.RESUME) or "stalls" in injection, where
             assert not world.sent(Abort)
             continue
         assert refit.failure is not None, where
         assert sorted(world.sent(Abort)) == ALL, where  # everyone is told, once
         assert refit.phase is Phase.FAILED
-        if refit.state is EngineState.SERVING:
+        if world.state is EngineState.SERVING:
             assert EngineCall.UPDATE not in world.calls, where
             assert world.calls.count(EngineCall.RESUME) == world.calls.count(EngineCall.PAUSE), where
-        elif refit.state is EngineState.STALE:
+        elif world.state is EngineState.STALE:
             assert EngineCall.UPDATE in world.calls, where
             assert EngineCall.CLOSE in world.calls, where  # no session stays open
             resumed_last = world.calls[-1] is EngineCall.RESUME
             assert not resumed_last or before in (Phase.RESUME, Phase.COMMIT), where  # else it stays paused
         else:
-            assert refit.state is EngineState.GONE, where
+            assert world.state is EngineState.GONE, where
             assert "worker" in injection, where
+        blamed = any(what in injection for what in ("worker dies", "worker fails", "worker stalls"))
+        assert refit.culprits == ({0} if blamed else set()), where
         if "dies" in injection or "leaves" in injection:
-            assert refit.lost_peer is not None, where
+            assert (refit.lost_trainer is not None) == ("trainer" in injection), where
 
 
 @pytest.mark.parametrize("call", list(EngineCall))
@@ -277,7 +291,7 @@ def test_an_engine_call_that_never_returns(call: EngineCall) -> None:
     world.silent.add(call)
     world.run()
     assert world.refit.phase is Phase.FAILED
-    assert world.refit.state is EngineState.GONE
+    assert world.state is EngineState.GONE
     assert world.refit.failure is not None
     assert world.refit.failure.kind == "DeadlineError"
 
@@ -294,10 +308,10 @@ def test_an_engine_call_that_raises(call: EngineCall) -> None:
     assert world.refit.phase is Phase.FAILED
     assert world.refit.failure == Failure("EngineLoadError", "moody")
     if call is EngineCall.PAUSE:
-        assert world.refit.state is EngineState.SERVING
+        assert world.state is EngineState.SERVING
         assert world.calls == [EngineCall.PAUSE, EngineCall.RESUME]
     else:
-        assert world.refit.state is EngineState.STALE
+        assert world.state is EngineState.STALE
         assert EngineCall.CLOSE in world.calls
 
 
@@ -319,7 +333,7 @@ def test_an_engine_that_reports_its_own_death() -> None:
         world.step()
     world.react(world.returned(Failure("EngineGoneError", "dead")))
     assert world.refit.finished
-    assert world.refit.state is EngineState.GONE
+    assert world.state is EngineState.GONE
 
 
 @pytest.mark.parametrize(
@@ -332,7 +346,7 @@ def test_versions(versions: tuple[int, int], text: str, state: EngineState) -> N
     world.run()
     assert world.refit.failure is not None
     assert text in world.refit.failure.message
-    assert (world.refit.state, world.calls, world.refit.version) == (state, [], 7)
+    assert (world.state, world.calls, world.refit.version) == (state, [], 7)
 
 
 def test_a_stale_engine_is_not_resumed_by_a_refit_that_fails_early() -> None:
@@ -341,7 +355,7 @@ def test_a_stale_engine_is_not_resumed_by_a_refit_that_fails_early() -> None:
         world.step()
     world.react(failed(TRAINER)(world))
     world.run()
-    assert (world.refit.state, world.calls) == (EngineState.STALE, [EngineCall.PAUSE])
+    assert (world.state, world.calls) == (EngineState.STALE, [EngineCall.PAUSE])
 
 
 def test_deadline_names_who_is_missing() -> None:
@@ -369,15 +383,14 @@ def test_no_buckets() -> None:
     refit = Refit(
         attempt=1,
         last_version=0,
-        state=EngineState.SERVING,
+        engines=[Taking(0, 1, EngineState.SERVING)],
+        lanes={0: Lane(0)},
         num_trainers=1,
-        num_workers=1,
-        num_buckets=0,
         deadline_s=1,
         now=0,
     )
     assert refit.receive(Peer("trainer", 0), Enter(1, 1), 0) == [Call(EngineCall.PAUSE)]
-    assert refit.called(None, 0) == [Call(EngineCall.UPDATE)]
+    assert refit.called(0, None, 0) == [Call(EngineCall.UPDATE)]
     assert refit.receive(Peer("worker", 0), Applied(1, 0.0, 0), 0) == [Send(Peer("worker", 0), Commit(1))]
 
 
@@ -402,19 +415,7 @@ class CheckedWorld(World):
         self.mute: Peer | None = None  # answers no Check
         self.compared: list[Mapping[Peer, Checked]] = []
         self.verification = Verification(3, 4, wrong or {}, {"y": "repacked"})
-        self.refit = Refit(
-            attempt=1,
-            last_version=7,
-            state=state,
-            num_trainers=TRAINERS,
-            num_workers=WORKERS,
-            num_buckets=BUCKETS,
-            deadline_s=DEADLINE_S,
-            now=self.now,
-            moves=moves,
-            check=(3, 16),
-            compare=self.compare,
-        )
+        self.refit = one_engine(state, moves=moves, check=(3, 16), compare=self.compare)
 
     def compare(self, checked: Mapping[Peer, Checked]) -> Verification:
         self.compared.append(dict(checked))
@@ -457,11 +458,11 @@ class CheckedWorld(World):
         self.left.add(peer)
         if EngineCall.CLOSE in self.calls:
             self.close_if_left()
-        elif EngineCall.UPDATE in self.calls and self.is_calling and self.refit.engine_call is EngineCall.UPDATE:
+        elif EngineCall.UPDATE in self.calls and self.is_calling and self.refit.engine_call(0) is EngineCall.UPDATE:
             self.events.append(self.returned)  # a worker that gives up ends the call
 
     def close_if_left(self) -> None:
-        busy = self.refit.engine_call is EngineCall.CLOSE and self.returned not in self.events
+        busy = self.refit.engine_call(0) is EngineCall.CLOSE and self.returned not in self.events
         if busy and self.left | self.dead >= set(ALL[TRAINERS:]) and EngineCall.CLOSE not in self.silent:
             self.events.append(self.returned)
 
@@ -476,7 +477,7 @@ def test_a_check_comes_between_all_writes_and_the_commit(seed: int, moves: bool)
     world.run()
     refit = world.refit
     version = 8 if moves else 7
-    assert (refit.phase, refit.state, refit.version, refit.failure) == (
+    assert (refit.phase, world.state, refit.version, refit.failure) == (
         Phase.DONE,
         EngineState.SERVING,
         version,
@@ -503,7 +504,7 @@ def test_what_is_wrong_fails_a_refit_before_its_commit() -> None:
         world = CheckedWorld(seed, wrong={"w": "other values", "x": "too"})
         world.run()
         refit = world.refit
-        assert (refit.phase, refit.state) == (Phase.FAILED, EngineState.STALE)
+        assert (refit.phase, world.state) == (Phase.FAILED, EngineState.STALE)
         text = "2 tensors of the engine are wrong after the refit, such as w: other values"
         assert refit.failure == Failure("VerifyError", text, phase="check", tensor="w")
         assert world.sent(Commit) == []
@@ -516,7 +517,7 @@ def test_what_is_wrong_is_only_reported_if_nothing_moved() -> None:
         world = CheckedWorld(seed, moves=False, wrong={"w": "other values"})
         world.run()
         refit = world.refit
-        assert (refit.phase, refit.state, refit.failure) == (Phase.DONE, EngineState.SERVING, None)
+        assert (refit.phase, world.state, refit.failure) == (Phase.DONE, EngineState.SERVING, None)
         assert refit.verification is not None
         assert refit.verification.wrong == {"w": "other values"}
         assert world.calls[-1] is EngineCall.RESUME
@@ -539,21 +540,21 @@ def test_any_failure_at_any_moment_of_a_checked_refit(injection: str, moves: boo
         world.run()
         refit, where = world.refit, f"{injection} at step {moment} in {before}"
         if refit.phase is Phase.DONE:  # it was too late to matter
-            assert refit.state is EngineState.SERVING
+            assert world.state is EngineState.SERVING
             assert before in (Phase.COMMIT, Phase.RESUME) or "stalls" in injection, where
             continue
         assert refit.phase is Phase.FAILED, where
         assert refit.failure is not None, where
         assert refit.version == 7 or moves, where
         assert sorted(world.sent(Abort)) == ALL, where
-        if refit.state is EngineState.SERVING:
+        if world.state is EngineState.SERVING:
             assert not moves or EngineCall.UPDATE not in world.calls, where
             assert world.calls.count(EngineCall.RESUME) == world.calls.count(EngineCall.PAUSE), where
-        elif refit.state is EngineState.STALE:
+        elif world.state is EngineState.STALE:
             assert moves, where  # nothing was written
         else:
             assert "worker" in injection, where
-        if EngineCall.UPDATE in world.calls and refit.state is not EngineState.GONE:
+        if EngineCall.UPDATE in world.calls and world.state is not EngineState.GONE:
             assert EngineCall.CLOSE in world.calls, where
     assert {Phase.ENTER, Phase.PAUSE, Phase.STREAM, Phase.CHECK, Phase.COMMIT} <= seen
 
@@ -574,7 +575,7 @@ def test_who_sends_no_checksums_is_named(peer: Peer, moves: bool) -> None:
     assert world.refit.failure is not None
     text = f"nothing happened for 100 s while waiting for {peer} to send checksums"
     assert world.refit.failure == Failure("DeadlineError", text, "trainer rank 0", "check")
-    assert world.refit.state is (EngineState.STALE if moves else EngineState.SERVING)
+    assert world.state is (EngineState.STALE if moves else EngineState.SERVING)
 
 
 @pytest.mark.parametrize("call", list(EngineCall))
@@ -587,7 +588,7 @@ def test_an_engine_call_that_raises_in_a_verification(call: EngineCall) -> None:
     world.events = [event for event in world.events if event != world.returned]
     world.react(world.returned(Failure("EngineLoadError", "moody")))
     world.run()
-    assert (world.refit.phase, world.refit.state) == (Phase.FAILED, EngineState.SERVING)
+    assert (world.refit.phase, world.state) == (Phase.FAILED, EngineState.SERVING)
     assert world.calls[-1] is EngineCall.RESUME
     assert world.calls.count(EngineCall.RESUME) == (2 if call is EngineCall.RESUME else 1)  # paused, it serves nothing
 
@@ -600,7 +601,7 @@ def test_a_peer_that_cannot_make_its_checksums(moves: bool) -> None:
         world.run()
         assert world.refit.failure is not None
         assert world.refit.failure.tensor == "x"
-        assert world.refit.state is (EngineState.STALE if moves else EngineState.SERVING)
+        assert world.state is (EngineState.STALE if moves else EngineState.SERVING)
         assert (world.calls[-1] is EngineCall.RESUME) == (not moves)
         assert world.compared == []
 
@@ -619,7 +620,129 @@ def test_a_verification_is_of_the_version_that_the_engine_has() -> None:
     world.run()
     assert world.refit.failure is not None
     assert world.refit.failure.kind == "VersionError"
-    assert (world.refit.state, world.calls) == (EngineState.SERVING, [])
+    assert (world.state, world.calls) == (EngineState.SERVING, [])
+
+
+# --- several engines: who is to blame, and how long what is left may take ---------------------------------------------
+
+FIRST, SECOND = Peer("worker", 0, 0), Peer("worker", 0, 1)
+
+
+def two_engines(lane: Lane, until: Phase = Phase.STREAM) -> Refit:
+    """One trainer and two engines of one worker each on one lane, up to the beginning of a phase."""
+    refit = Refit(
+        attempt=1,
+        last_version=7,
+        engines=[Taking(n, 1, EngineState.SERVING) for n in range(2)],
+        lanes={0: lane},
+        num_trainers=1,
+        deadline_s=DEADLINE_S,
+        now=0.0,
+    )
+    refit.receive(ALL[0], Enter(1, 8), 0.0)
+    steps: list[Callable[[int], object]] = [
+        lambda n: refit.called(n, None, 0.0),  # PAUSE
+        lambda n: refit.called(n, None, 0.0),  # UPDATE
+        lambda n: refit.receive(Peer("worker", 0, n), Applied(1, 0.0, 0), 0.0),
+        lambda n: refit.receive(Peer("worker", 0, n), Committed(1, True), 0.0),
+        lambda n: refit.called(n, None, 0.0),  # CLOSE
+    ]
+    for step in steps:
+        for number in range(2):
+            if refit.phase is not until:
+                step(number)
+    assert refit.phase is until
+    return refit
+
+
+def test_an_engine_that_waits_for_another_is_not_to_blame() -> None:
+    refit = two_engines(Lane(0))
+    for number in range(2):
+        assert refit.called(number, None, 0.0) == [Call(EngineCall.CLOSE, number)]
+    assert refit.receive(SECOND, Applied(1, 0.0, 0), 0.0) == []
+    assert refit.waiting_for() == "engine worker 0 to apply what it loaded"
+    refit.tick(refit.deadline)
+    assert refit.culprits == {0}
+    assert refit.failure is not None
+    assert refit.failure.message.endswith("waiting for engine worker 0 to apply what it loaded")
+
+
+def test_buckets_are_loaded_in_order_though_an_answer_is_lost() -> None:
+    refit = two_engines(Lane(2))
+    assert refit.receive(ALL[0], Filled(1, 1, 0.0), 0.0) == []
+    loads = refit.receive(ALL[0], Filled(1, 0, 0.0), 0.0)
+    assert [(a.peer, a.message.bucket) for a in loads if isinstance(a, Send) and isinstance(a.message, Load)] == [
+        (FIRST, 0),
+        (SECOND, 0),
+        (FIRST, 1),
+        (SECOND, 1),
+    ]
+
+
+def test_what_was_waited_for_in_vain_gets_little_more_time() -> None:
+    refit = two_engines(Lane(1))
+    refit.receive(ALL[0], Filled(1, 0, 0.0), 0.0)
+    refit.receive(FIRST, Loaded(1, 0, 0.0), 0.0)
+    missed = refit.deadline
+    refit.tick(missed)
+    assert refit.culprits == {1}
+    assert refit.deadline == missed + DRAIN_S
+    refit.called(0, None, missed)  # and a call that follows gets its time
+    assert refit.deadline == missed + DEADLINE_S
+
+
+def test_an_engine_that_is_paused_again_gets_its_time() -> None:
+    """Its requests may take long, and it is not to blame."""
+    refit = two_engines(Lane(0), Phase.RESUME)
+    refit.called(0, None, 0.0)
+    missed = refit.deadline
+    actions = refit.tick(missed)
+    assert Call(EngineCall.PAUSE, 0) in actions
+    assert refit.culprits == {1}
+    assert refit.deadline == missed + DEADLINE_S
+
+
+def test_who_reports_a_broken_transfer_is_not_to_blame_and_who_broke_it_is() -> None:
+    broken = Failure("TransportError", "connection closed", str(FIRST), "stream")
+    reason = Failure("EngineLoadError", "out of memory", str(SECOND), "stream", "w")
+    refit = two_engines(Lane(1, meets=True))
+    refit.receive(FIRST, Failed(1, broken), 0.0)
+    assert (refit.phase, refit.failure, refit.culprits) == (Phase.FAILING, broken, set())
+    refit.receive(SECOND, Failed(1, reason), 0.0)
+    assert (refit.failure, refit.culprits) == (reason, {1})
+    refit.receive(FIRST, Failed(1, Failure("EngineLoadError", "another", str(FIRST))), 0.0)
+    assert (refit.failure, refit.culprits) == (reason, {0, 1})
+    dying = two_engines(Lane(1, meets=True))
+    dying.receive(FIRST, Failed(1, broken), 0.0)
+    dying.lost(SECOND, "died", 0.0)
+    assert dying.culprits == {1}
+    assert dying.failure is not None
+    assert dying.failure.kind == "EngineGoneError"
+
+
+@pytest.mark.parametrize("origin", ["", "trainer rank 1"])
+def test_who_only_hands_on_the_abort_is_not_to_blame(origin: str) -> None:
+    refit = two_engines(Lane(1))
+    refit.fail(Failure("EngineLoadError", "on purpose", origin), 0.0)
+    refit.receive(FIRST, Failed(1, Failure("EngineLoadError", "on purpose", origin or str(FIRST))), 0.0)
+    refit.receive(SECOND, Failed(1, Failure("EngineStaleError", "aborted: on purpose", origin or str(SECOND))), 0.0)
+    assert refit.culprits == set()
+
+
+@pytest.mark.parametrize("meets", [False, True])
+def test_a_worker_to_which_rank_0_was_silent_is_not_to_blame(meets: bool) -> None:
+    refit = two_engines(Lane(1, meets=meets))
+    refit.receive(FIRST, Failed(1, Failure("DeadlineError", "nothing came from trainer rank 0", str(FIRST))), 0.0)
+    assert (refit.phase, refit.culprits) == (Phase.FAILING, set())
+
+
+def test_a_trainer_that_leaves_while_an_attempt_fails_is_known_to_be_lost() -> None:
+    refit = two_engines(Lane(1))
+    refit.receive(FIRST, Failed(1, Failure("EngineLoadError", "bad", str(FIRST))), 0.0)
+    refit.receive(ALL[0], Goodbye(), 0.0)
+    assert refit.lost_trainer is not None
+    assert refit.lost_trainer.kind == "TrainerLostError"
+    assert refit.culprits == {0}
 
 
 def test_messages_survive_the_wire() -> None:
@@ -659,7 +782,7 @@ class SettlingWorld(CheckedWorld):
 def test_trainers_wait_for_devices_and_the_engine_does_not(seed: int) -> None:
     world = SettlingWorld(seed)
     world.run()
-    assert (world.refit.phase, world.refit.state) == (Phase.DONE, EngineState.SERVING)
+    assert (world.refit.phase, world.state) == (Phase.DONE, EngineState.SERVING)
     held = SettlingWorld(seed)
     held.held = True
     while held.step():
@@ -670,14 +793,14 @@ def test_trainers_wait_for_devices_and_the_engine_does_not(seed: int) -> None:
     for worker in ALL[TRAINERS:]:
         assert not held.refit.finished
         held.react(held.refit.receive(worker, Settled(1), held.now))
-    assert (held.refit.phase, held.refit.state) == (Phase.DONE, EngineState.SERVING)
+    assert (held.refit.phase, held.state) == (Phase.DONE, EngineState.SERVING)
 
 
 def test_a_device_that_is_never_done() -> None:
     world = SettlingWorld()
     world.held = True
     world.run()
-    assert (world.refit.phase, world.refit.state) == (Phase.FAILED, EngineState.STALE)
+    assert (world.refit.phase, world.state) == (Phase.FAILED, EngineState.STALE)
     assert world.refit.failure is not None
     assert world.refit.failure.kind == "DeadlineError"
     assert "engine worker 0, engine worker 1 to finish" in world.refit.failure.message
@@ -693,4 +816,4 @@ def test_a_peer_that_dies_while_devices_copy(peer: Peer, phase: Phase) -> None:
     for worker in ALL[TRAINERS:]:
         world.react(world.refit.receive(worker, Settled(1), world.now))
     assert world.refit.phase is phase
-    assert world.refit.lost_peer is not None
+    assert (world.refit.lost_trainer is not None) == (peer is TRAINER)

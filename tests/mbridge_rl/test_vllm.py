@@ -59,6 +59,10 @@ def test_torchrun_of_two_refits_the_llm_of_rank_0(directory: Path) -> None:
     run("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", SCENARIOS, "torchrun", str(directory))
 
 
+def test_a_fleet_by_broadcast_loses_an_engine(directory: Path) -> None:
+    run("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", SCENARIOS, "fleet", str(directory))
+
+
 def test_untied_model_into_two_workers(directory: Path) -> None:
     run("-m", SCENARIOS, "refit", str(directory), "2", "c", "d", VLLM_CPU_OMP_THREADS_BIND="0|0")
 

@@ -156,6 +156,58 @@ def torchrun(directory: Path) -> None:
     dist.destroy_process_group()
 
 
+def fleet(directory: Path) -> None:
+    """Two trainer ranks; a vLLM of one worker and one of two, reached by broadcast as engines on other hosts are."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    llms = []
+    if rank == 0:
+        for name, num_workers in (("a", 1), ("b", 2)):
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * num_workers)
+            llms.append(start_llm(str(directory / name), tensor_parallel_size=num_workers, **OPTIONS))
+    alone, pair = [answer(llm) for llm in llms] or [None, None]
+    bridge = bridge_of(directory / "b", rank, 2)
+    options: dict[str, Any] = {"transport": "collective", "bucket_bytes": BUCKET_BYTES, "deadline_s": 30}
+    with Saboteur(bridge, llms, on_error="quarantine", **options) as syncer:
+        report = syncer.sync()
+        assert (report.num_trainers, report.num_workers, report.quarantined) == (2, 3, {})
+        if llms:
+            check_equal(directory, "b", llms[0])
+            assert answer(llms[1]) == pair
+        bridge.set(tensors_of(directory / "a"))
+        print(syncer.sync())
+        if llms:
+            assert answer(llms[0]) == alone
+            assert answer(llms[1]) != pair
+            syncer.deed = partial(once, syncer, workers_of_many()[0].kill)
+        bridge.set(tensors_of(directory / "b"))
+        started = time.monotonic()
+        report = syncer.sync()
+        print(report)
+        assert time.monotonic() - started < 25
+        assert list(report.quarantined) == [f"vLLM {directory / 'b'}"]
+        if llms:
+            check_equal(directory, "b", llms[0])
+            print(syncer.status())
+    total = torch.ones(1)
+    dist.all_reduce(total)  # the trainer's own world is untouched
+    assert total.item() == 2
+    dist.destroy_process_group()
+
+
+def once(syncer: Saboteur, deed: Callable[[], None]) -> None:
+    syncer.deed = None
+    deed()
+
+
+def workers_of_many() -> list[psutil.Process]:
+    """Worker processes of the one LLM that has several."""
+    cores = [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join([p.name(), *p.cmdline()])]
+    pids = [core for core in cores if len(core.children()) > 1]
+    assert len(pids) == 1, cores
+    return [p for p in pids[0].children(recursive=True) if "Worker" in " ".join([p.name(), *p.cmdline()])]
+
+
 def expect(kind: type[SyncError], call: Callable[[], object]) -> str:
     """The words of the error that `call` must raise."""
     with pytest.raises(kind) as caught:
