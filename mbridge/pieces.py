@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -159,6 +160,7 @@ def join(sources: Iterable[Piece], destinations: Iterable[Piece]) -> Iterator[Co
     Sources must not overlap each other (drop replicas first); neither may destinations that share storage. What a
     destination asks for and no source has is simply not in the result: `check_cover` finds it.
     """
+    sources, destinations = _in_one_view(sources, destinations)
     by_name: dict[str, list[Piece]] = defaultdict(list)
     for piece in sources:
         by_name[piece.hf_name].append(piece)
@@ -169,25 +171,27 @@ def join(sources: Iterable[Piece], destinations: Iterable[Piece]) -> Iterator[Co
         table = tables.get(destination.hf_name)
         if table is None:
             continue
-        for candidate in table.candidates(destination.box):
-            source, target = _in_one_view(candidate, destination)
-            box = source.box.intersect(target.box)
+        for source in table.candidates(destination.box):
+            box = source.box.intersect(destination.box)
             if box is not None:
                 yield Copy(
                     box=box,
-                    hf_name=target.hf_name,
+                    hf_name=destination.hf_name,
                     source_name=source.local_name,
                     source=source.part(box),
-                    destination_name=target.local_name,
-                    destination=target.part(box),
+                    destination_name=destination.local_name,
+                    destination=destination.part(box),
                 )
 
 
-def _in_one_view(a: Piece, b: Piece) -> tuple[Piece, Piece]:
-    """Two pieces of one HF tensor, unfolded both if one is."""
-    if len(a.box.start) == len(b.box.start):
-        return a, b
-    return (a.unfolded(), b) if len(a.box.start) < len(b.box.start) else (a, b.unfolded())
+def _in_one_view(*lists: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The same pieces; those of a tensor of which one is unfolded are all unfolded: rows must mean the same."""
+    pieces = [list(each) for each in lists]
+    num_dims: dict[str, int] = {}
+    for piece in chain.from_iterable(pieces):
+        num_dims[piece.hf_name] = max(len(piece.box.start), num_dims.get(piece.hf_name, 0))
+    for each in pieces:
+        yield [p if len(p.box.start) == num_dims[p.hf_name] else p.unfolded() for p in each]
 
 
 class _SortedByRow:

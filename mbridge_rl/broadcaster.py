@@ -1,6 +1,7 @@
 """The trainer's half of a collective lane: bring a bucket's pieces to its sender, and broadcast it to all workers.
 
-While bucket k is on its way to the workers, the pieces of k+1 are on their way to the sender.
+While bucket k is on its way to the workers, the pieces of k+1 are on their way to the sender. On a sharded lane each
+class of workers has a group of its own, and gets of the bucket what it needs (needs.py), packed out of the slot.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from .broadcast_plan import (
     copies_of,
     packed,
     plan_broadcasts,
+    shares_of,
     wire_bytes,
 )
 from .buckets import Layout, fill_copies
-from .errors import SyncError
+from .errors import ProtocolError, SyncError
 from .local_copies import LocalCopies, LocalCopy, typed_views
-from .messages import Grouping
+from .messages import Grouping, Share
+from .needs import plan_packing, read_needs
+from .shard_sender import Packer
 from .transports._process_group import Breathe, Group, Operation, no_breath
 from .transports.base import NUM_SLOTS
 
@@ -48,7 +52,7 @@ class Broadcaster:
     ) -> None:
         self.plan = plan_broadcasts(layout, owned_by_rank)
         self._rank, self._device, self._token = rank, device, token
-        self._wire_bytes = wire_bytes(layout)
+        self._layout, self._wire_bytes = layout, wire_bytes(layout)
         self._dtypes = {spec.name: spec.dtype for spec in layout.tensors}
         mine = fill_copies(layout, owned)
         program: list[list[LocalCopy]] = [[] for _ in self.plan.senders]
@@ -66,9 +70,10 @@ class Broadcaster:
                 program[bucket] = self._circles[sender].local_copies(bucket, mine[bucket])
         self._local = LocalCopies(program, owned, self._dtypes)
         self._generation = 0  # that the groups are of
-        self._group: Group | None = None  # of a sender: itself and all workers
+        self._outlets: list[_Outlet] = []  # of a sender: a group for each class of workers
+        self._packers: dict[str, Packer] = {}  # by digest: kept when members come and go
         self._left: list[Group] = []  # that may still use the buffers
-        self._sent: list[Operation | None] = [None] * NUM_SLOTS  # the last broadcast out of each slot
+        self._sent: list[list[Operation]] = [[] for _ in range(NUM_SLOTS)]  # the last broadcasts out of each slot
         self._is_under_way = False  # an attempt, on this rank
 
     @property
@@ -79,7 +84,9 @@ class Broadcaster:
     @property
     def num_bytes(self) -> int:
         """Of the buffers of this rank."""
-        return sum(s.numel() for s in self._slots) + sum(c.buffer.numel() for c in self._circles.values())
+        packers = (packer.num_bytes for packer in self._packers.values())
+        circles = (circle.buffer.numel() for circle in self._circles.values())
+        return sum(slot.numel() for slot in self._slots) + sum(circles) + sum(packers)
 
     def begin(self, sources: Mapping[str, torch.Tensor]) -> None:
         """Use these local tensors until `end`. Raises PlanMismatchError if one is not as it was planned."""
@@ -113,7 +120,7 @@ class Broadcaster:
 
         Then holds no reference to the trainer's memory. Raises SyncError if a broadcast fails.
         """
-        pending = [operation for operation in self._sent if operation is not None]
+        pending = [operation for operations in self._sent for operation in operations]
         try:
             if succeeded:
                 for operation in pending:
@@ -151,21 +158,45 @@ class Broadcaster:
                     meeting, member, names, self._device, grouping.deadline_s, backend=grouping.backend, breathe=breathe
                 )
         if self._slots:
-            meeting, names = broadcast_meeting(grouping, self._token, self._rank)
-            self._group = Group(
-                meeting, 0, names, self._device, grouping.deadline_s, backend=grouping.backend, breathe=breathe
+            shares = shares_of(grouping)
+            digests = {share.digest for share in shares}
+            self._packers = {digest: packer for digest, packer in self._packers.items() if digest in digests}
+            for share in shares:
+                if share.digest and share.digest not in self._packers:
+                    self._packers[share.digest] = self._packer(share, grouping)
+                    breathe()
+            for number, share in enumerate(shares):
+                meeting, names = broadcast_meeting(grouping, self._token, self._rank, number)
+                group = Group(
+                    meeting, 0, names, self._device, grouping.deadline_s, backend=grouping.backend, breathe=breathe
+                )
+                self._outlets.append(_Outlet(group, self._packers.get(share.digest)))
+
+    def _packer(self, share: Share, grouping: Grouping) -> Packer:
+        """Packs what the workers of a class need. Raises ProtocolError if they would unpack it otherwise."""
+        engine, index = grouping.workers[share.members[0]]
+        who = f"worker {index} of engine {engine}"
+        if share.needs is None:
+            raise ProtocolError(f"trainer rank {self._rank} does not know what {who} needs", phase="stream")
+        packing = plan_packing(self._layout, read_needs(self._layout, share.needs))
+        if packing.digest != share.digest:
+            raise ProtocolError(
+                f"trainer rank {self._rank} packs for {who} by {packing}, but it unpacks by plan {share.digest}; is it "
+                "the same version of mbridge?",
+                phase="stream",
             )
+        return Packer(self._layout, packing, self._circles[self._rank].buckets, self._slots)
 
     def _is_broken(self) -> bool:
         has_all = all(circle.group is not None for circle in self._circles.values() if len(circle.ranks) > 1)
-        return not has_all or (bool(self._slots) and self._group is None)
+        return not has_all or (bool(self._slots) and not self._outlets)
 
     def _leave(self) -> None:
-        groups = [self._group, *(circle.leave() for circle in self._circles.values())]
+        groups = [*(outlet.group for outlet in self._outlets), *(circle.leave() for circle in self._circles.values())]
         self._left += [group for group in groups if group is not None]
         for group in self._left:
             group.close()
-        self._group, self._sent = None, [None] * NUM_SLOTS
+        self._outlets, self._sent = [], [[] for _ in range(NUM_SLOTS)]
 
     def _collect(self, bucket: int) -> None:
         circle = self._circles[self.plan.senders[bucket]]
@@ -174,17 +205,27 @@ class Broadcaster:
         circle.start(bucket)
 
     def _send(self, bucket: int, circle: _Circle, breathe: Breathe) -> None:
-        group = self._group
-        if group is None:
+        if not self._outlets:
             raise SyncError(f"bucket {bucket} came before the members of its group", phase="stream")
         index = bucket % NUM_SLOTS
-        previous = self._sent[index]
-        if previous is not None:
+        for previous in self._sent[index]:
             previous.wait(breathe)
         self._local.run(bucket)
         circle.lay_out(bucket)
-        what = f"bucket {bucket} to reach {len(group.names) - 1} workers from trainer rank {self._rank}"
-        self._sent[index] = group.broadcast(self._slots[index][: self._wire_bytes[bucket]], 0, what)
+        self._sent[index] = []
+        whole = self._slots[index][: self._wire_bytes[bucket]]
+        for group, packer in self._outlets:
+            message = whole if packer is None else packer.pack(bucket)
+            if message.numel():
+                what = f"bucket {bucket} to reach {len(group.names) - 1} workers from trainer rank {self._rank}"
+                self._sent[index].append(group.broadcast(message, 0, what))
+
+
+class _Outlet(NamedTuple):
+    """A group of this sender and a class of workers, and what packs their messages, unless they get whole buckets."""
+
+    group: Group
+    packer: Packer | None
 
 
 class _Received(NamedTuple):

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NoReturn
 
 import msgspec
 
@@ -27,6 +27,7 @@ from .fleet import Fleet, Member
 from .messages import (
     Abort,
     AnyMessage,
+    Applied,
     Check,
     Checked,
     Connected,
@@ -39,15 +40,17 @@ from .messages import (
     Grouping,
     Lends,
     Load,
+    Needs,
     Next,
     Offered,
     SetUp,
+    Share,
     Stats,
 )
 from .observe import EngineStatus, FleetStatus, Observer, PhaseRange, phase_range
 from .protocol import Action, Call, EngineCall, EngineState, Lane, Peer, Phase, Refit, Send, Taking
 from .source import Source
-from .switchboard import Switchboard
+from .switchboard import NO_CONNECTION, Switchboard
 from .verification import compare
 
 ME = Peer("trainer", 0)
@@ -75,6 +78,8 @@ class _Attempt:
     source: Source
     mine: deque[Fill | Check] = field(default_factory=deque)  # messages for rank 0 itself
     calls_s: dict[str, float] = field(default_factory=dict)
+    grouping: Grouping | None = None  # of its collective lane
+    wire_bytes: int = 0  # that came along it to the worker to which most came
     shown: Phase | None = None  # the phase whose range is open
     range: PhaseRange | None = None
 
@@ -96,7 +101,9 @@ class Conductor:
         self.lanes: dict[int, Lane] = {}
         self.store: tuple[str, int, str] | None = None  # host, port and backend of a collective lane
         self._number = 0  # of the current attempt
-        self._generation, self._grouped = 0, list[tuple[int, int]]()  # of the collective lane's process groups
+        # Of the collective lane's process groups: the current generation, that trainers know, and its workers' plans.
+        self._generation, self._told, self._grouped = 0, 0, dict[tuple[int, int], str]()
+        self._needs: dict[tuple[int, int], Needs] = {}  # (engine, worker) -> what it needs of the buckets
         self._tensors = tuple(tensors)
         self._num_trainers = num_trainers
         # Messages of the next attempt, from a rank that gave up sooner than rank 0 did.
@@ -196,8 +203,7 @@ class Conductor:
         except SyncError as error:
             refusal, members = refusal or error.failure, []
         if refusal is not None:
-            self.board.send_all(self.board.trainers, Abort(self._number, refusal))
-            raise raised(refusal)
+            self._give_up(refusal)
         one_by_one = self.options.rolling and moves
         cohorts = deque([member] for member in members) if one_by_one else deque([members])
         left_behind: dict[str, str] = {}
@@ -207,17 +213,16 @@ class Conductor:
             current = self._attempt(version, floor, source, cohort, moves=moves, check=check)
             if current.refit.failure is None:
                 finished = current
-                if moves:
-                    self.version = current.refit.version
             else:
                 failure = self._in_words(current.refit)
                 rest = self._without_culprits(cohort, current.refit, failure)
                 if rest is None or not (rest or cohorts or finished):
-                    self.board.send_all(self.board.trainers, Abort(self._number, failure))
-                    raise raised(failure)
+                    self._give_up(failure)
                 left_behind |= {m.name: failure.message for m in cohort if m not in rest}
                 if rest:
                     cohorts.appendleft(rest)
+            if cohorts and self.broken is not None:  # a trainer that had done its part was lost
+                self._give_up(self.broken)
             if cohorts:
                 self.board.send_all(self.board.trainers, Next(self._number))
                 source.end(current.refit.failure is None)
@@ -228,12 +233,17 @@ class Conductor:
         self.board.send_all(self.board.trainers, done)
         return done
 
+    def _give_up(self, failure: Failure) -> NoReturn:
+        """No attempt follows: tell the other ranks, and raise."""
+        self.board.send_all(self.board.trainers, Abort(self._number, failure, version=self.version))
+        raise raised(failure)
+
     def _taking_part(self, *, moves: bool) -> list[Member]:
         """Raises EngineError if there is nobody to refit, or one of whom it is known that it will fail."""
         members = list(self.fleet)
-        for peer in self.board.lost:
+        for peer, how in self.board.lost.items():
             if peer.engine in self.fleet.members:
-                self._note_gone(self.fleet.members[peer.engine], f"{peer} died")
+                self._note_gone(self.fleet.members[peer.engine], f"{peer} {how}")
         self.board.lost.clear()
         if self.options.on_error == "quarantine":
             members = [member for member in members if member.quarantine is None]
@@ -256,8 +266,10 @@ class Conductor:
     def _without_culprits(self, cohort: Sequence[Member], refit: Refit, failure: Failure) -> list[Member] | None:
         """The engines to try again with after a failure, its culprits left behind; None if it is everyone's."""
         culprits = [member for member in cohort if member.number in refit.culprits]
-        may_go_on = self.options.on_error == "quarantine" and self.broken is None
+        may_go_on = self.options.on_error == "quarantine" and self.broken is None and refit.moves
         for member in culprits:
+            if may_go_on and member.engine.state is EngineState.SERVING:  # nothing had been written: the old weights
+                self._pause(member)
             if member.engine.state is EngineState.GONE or may_go_on:
                 self.fleet.leave_behind(member, failure)
         if not may_go_on or not culprits:
@@ -265,6 +277,17 @@ class Conductor:
         for member in culprits:
             _log.warning("%s is left behind: %s", member.name, failure.message)
         return [member for member in cohort if member not in culprits]
+
+    def _pause(self, member: Member) -> None:
+        """Keep an engine that is left behind from serving. If that fails, nothing more can be done about it."""
+        member.calls.start(lambda: member.engine.pause(self.options.in_flight))
+        patience_s = self.options.deadline_s
+        member.calls.join(patience_s)
+        failure = member.calls.take().failure if member.calls.is_returned else None
+        if failure is not None or member.calls.is_busy:
+            why = failure.message if failure else f"no answer for {patience_s:g} s"
+            _log.error("%s cannot be paused, and may serve older weights: %s", member.name, why)
+            member.engine.state = EngineState.GONE
 
     def _in_words(self, refit: Refit) -> Failure:
         """The attempt's failure; in a fleet, with the name of the engine to blame."""
@@ -303,14 +326,17 @@ class Conductor:
             self._carry_out(current, self._entering(current, version))
             early, self._early = self._early, []
             for peer, message in early:
-                self._carry_out(current, self._deliver(refit, peer, message))
+                self._carry_out(current, self._deliver(current, peer, message))
             self._pump(current)
         except BaseException as error:  # also Ctrl-C: nobody may be left waiting, and no engine call half made
             what = f"trainer rank 0 left the refit: {type(error).__name__}: {error}"
             current.mine.clear()
             self._carry_out(current, refit.fail(Failure("SyncError", what, str(ME), refit.phase), time.monotonic()))
             self._pump(current)
-            self.board.send_all(self.board.trainers, Abort(self._number, refit.failure or as_failure(error, str(ME))))
+            self.board.send_all(
+                self.board.trainers,
+                Abort(self._number, refit.failure or as_failure(error, str(ME)), version=self.version),
+            )
             raise
         finally:
             _show(current)
@@ -329,15 +355,15 @@ class Conductor:
     def _look(self, current: _Attempt, timeout_s: float) -> None:
         """Handle what has happened, or what happens within `timeout_s`."""
         refit = current.refit
-        for peer, message in self.board.hear(timeout_s, refit.attempt):
+        for peer, message, how in self.board.hear(timeout_s, refit.attempt):
             if message is not None:
-                self._carry_out(current, self._deliver(refit, peer, message))
+                self._carry_out(current, self._deliver(current, peer, message))
                 continue
             self.board.forget([peer])
             if peer.role == "worker" and peer.engine not in refit.sides:
-                self.board.lost.append(peer)
+                self.board.lost[peer] = how
             else:
-                self._carry_out(current, refit.lost(peer, "died", time.monotonic()))
+                self._carry_out(current, refit.lost(peer, how, time.monotonic()))
         for number in refit.sides:
             calls = self.fleet.members[number].calls
             if calls.is_returned:
@@ -382,14 +408,21 @@ class Conductor:
             return refit.fail(as_failure(error, str(ME), refit.phase), time.monotonic())
         return refit.receive(ME, answer, time.monotonic())
 
-    def _deliver(self, refit: Refit, peer: Peer, message: AnyMessage) -> list[Action]:
+    def _deliver(self, current: _Attempt, peer: Peer, message: AnyMessage) -> list[Action]:
+        refit = current.refit
         attempt = getattr(message, "attempt", refit.attempt)
         if attempt > refit.attempt:
             self._early.append((peer, message))
         if isinstance(message, Failed):
             message = msgspec.structs.replace(message, failure=_located(message.failure, refit, str(peer)))
         is_ours = peer.role == "trainer" or peer.engine in refit.sides
-        return refit.receive(peer, message, time.monotonic()) if attempt == refit.attempt and is_ours else []
+        if attempt != refit.attempt or not is_ours:
+            return []
+        if isinstance(message, Applied):
+            current.wire_bytes = max(current.wire_bytes, message.wire_bytes)
+            if message.needs is not None:
+                self._needs[peer.engine, peer.index] = message.needs
+        return refit.receive(peer, message, time.monotonic())
 
     def _carry_out(self, current: _Attempt, actions: list[Action]) -> None:
         for action in actions:
@@ -407,20 +440,35 @@ class Conductor:
         if isinstance(message, Fill | Load) and message.bucket == 0:
             lane = message.lane if isinstance(message, Fill) else refit.sides[peer.engine].lane
             if self.lanes[lane].meets:
-                message = msgspec.structs.replace(message, grouping=self._grouping(refit, lane))
+                grouping = self._grouping(current, lane)
+                grouping = grouping if isinstance(message, Fill) else _without_needs(grouping)
+                message = msgspec.structs.replace(message, grouping=grouping)
         if peer != ME:
             if not self.board.send(peer, message) and not isinstance(message, Abort):
-                self._carry_out(current, refit.lost(peer, "has no connection any more", time.monotonic()))
+                self._carry_out(current, refit.lost(peer, NO_CONNECTION, time.monotonic()))
         elif isinstance(message, Fill | Check):
             current.mine.append(message)
 
-    def _grouping(self, refit: Refit, lane: int) -> Grouping:
+    def _grouping(self, current: _Attempt, lane: int) -> Grouping:
+        """Who takes part in the collective lane, and what each gets; the same throughout an attempt."""
+        if current.grouping is not None:
+            return current.grouping
         assert self.store is not None
         host, port, backend = self.store
-        workers = [(w.engine, w.index) for side in refit.sides.values() if side.lane == lane for w in side.workers]
-        if workers != self._grouped:
-            self._generation, self._grouped = self._generation + 1, workers
-        return Grouping(self._generation, host, port, backend, self.options.deadline_s, workers)
+        sides = current.refit.sides.values()
+        workers = [(w.engine, w.index) for side in sides if side.lane == lane for w in side.workers]
+        plans = {worker: self._needs[worker].digest if worker in self._needs else "" for worker in workers}
+        if list(plans.items()) != list(self._grouped.items()):
+            self._generation, self._grouped = self._generation + 1, plans
+        is_new, self._told = self._told != self._generation, self._generation
+        members: dict[str, list[int]] = {}
+        for position, plan in enumerate(plans.values()):
+            members.setdefault(plan, []).append(position)
+        shares = [
+            Share(plan, of, self._needs[workers[of[0]]] if plan and is_new else None) for plan, of in members.items()
+        ]
+        current.grouping = Grouping(self._generation, host, port, backend, self.options.deadline_s, workers, shares)
+        return current.grouping
 
     def _engine_call(self, call: EngineCall, refit: Refit, member: Member) -> Callable[[], None]:
         engine = member.engine
@@ -453,8 +501,13 @@ class Conductor:
                 member.version = refit.version
                 member.refit_s = refit.started[Phase.DONE] - refit.started[Phase.ENTER]
             self.observer.engine(member.name, member.engine.state, member.version)
+        if refit.moves and Phase.RESUME in refit.started:
+            self.version = max(self.version, refit.version)  # also if it failed then: an engine may serve it
         if refit.failure is not None:
             self._generation += 1
+            # Their workers trust nothing of what they have learnt.
+            stale = {number for number, side in refit.sides.items() if side.state is not EngineState.SERVING}
+            self._needs = {worker: needs for worker, needs in self._needs.items() if worker[0] not in stale}
             seconds = refit.started[refit.phase] - refit.started[Phase.ENTER]
             self.observer.refit_failed(self._in_words(refit), seconds, refit.attempt, refit.version)
         if refit.lost_trainer is not None:
@@ -483,7 +536,21 @@ class Conductor:
             calls_s=current.calls_s,
             unwritten={name: n for m in took_part for a in m.attached.values() for name, n in a.unwritten.items()},
             quarantined={m.name: m.quarantine.message for m in self.fleet if m.quarantine is not None},
+            mode=_mode(current.grouping),
+            wire_bytes=current.wire_bytes,
         )
+
+
+def _without_needs(grouping: Grouping) -> Grouping:
+    """For workers, who know their own."""
+    shares = [msgspec.structs.replace(share, needs=None) for share in grouping.shares]
+    return msgspec.structs.replace(grouping, shares=shares)
+
+
+def _mode(grouping: Grouping | None) -> str:
+    """As in SyncReport."""
+    shares = grouping.shares if grouping is not None else []
+    return "+".join(sorted({"sharded" if share.digest else "broadcast" for share in shares}))
 
 
 def _located(failure: Failure, refit: Refit, origin: str) -> Failure:

@@ -46,6 +46,7 @@ class Follower:
         self._link.send(Hello("trainer", rank, os.getpid(), host_id()))
         self._broken: Failure | None = None  # why no later refit can succeed
         self._attempt = 0
+        self.version = 0  # the highest that an engine may serve, of refits that failed
         self._inbox = Inbox(self._link)
 
     def lend(self, lends: Lends) -> None:
@@ -107,6 +108,7 @@ class Follower:
                 case Next():
                     return None, not aborted
                 case Abort(failure=failure, is_final=True):
+                    self.version = max(self.version, message.version)
                     raise raised(failure)
                 case Abort():
                     aborted = True  # rank 0 says what comes of it when the engines are done

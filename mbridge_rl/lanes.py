@@ -48,11 +48,13 @@ class TrainerLanes:
         live: Mapping[str, torch.Tensor],
         offers: Sequence[Offer],
         host: str,
+        *,
+        is_sharded: bool = False,
     ) -> None:
-        """`host`: a numeric address of rank 0's that workers and other ranks reach."""
+        """`host`: a numeric address of rank 0's that workers and other ranks reach. `is_sharded`: a collective lane."""
         self.ways: dict[int, Way] = {}
         self._rank, self._plan, self._layout, self._live, self._offers = rank, plan, layout, live, offers
-        self._host = host
+        self._host, self._is_sharded = host, is_sharded
         self._transports: dict[int, Transport] = {}  # on the bucket path
         self._movers: dict[int, Filler | Lender | Broadcaster] = {}
 
@@ -110,7 +112,9 @@ class TrainerLanes:
         """What a worker on `lane` is told; `lends` on the direct path."""
         set_up = write_set_up(self._layout, self.ways[lane].transport, self._address(lane), lends)
         mover = self._movers[lane]
-        return msgspec.structs.replace(set_up, senders=mover.senders) if isinstance(mover, Broadcaster) else set_up
+        if not isinstance(mover, Broadcaster):
+            return set_up
+        return msgspec.structs.replace(set_up, senders=mover.senders, is_sharded=self._is_sharded)
 
     def lends(self, lanes: Iterable[int] | None = None) -> list[Lends]:
         """What this rank lends on direct lanes, as it lies now. Raises SyncError."""

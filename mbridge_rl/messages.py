@@ -231,6 +231,7 @@ class Abort(Message, frozen=True):
     attempt: int
     failure: Failure
     is_final: bool = True  # if not, a trainer waits for what comes of it: a Next, or an Abort that is
+    version: int = 0  # the highest that an engine may serve by now
 
 
 class Next(Message, frozen=True):

@@ -1,7 +1,7 @@
 """What runs inside an engine worker, whatever the engine: map the trainer's memory, load, check, commit.
 
-Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model, along one of two
-paths (bucket_path.py, direct_path.py). It knows no RPC either: `attach`, `run` and `close_session` are called by the
+Knows no engine: it drives a `Target`, the few things that an engine's adapter does with its model, along one of three
+paths (`Path`). It knows no RPC either: `attach`, `run` and `close_session` are called by the
 engine's own entry points, one at a time, and they never raise for a failed refit. A failure travels to trainer rank 0
 through the control channel. (An exception through vLLM's multi-worker RPC would leave answers of other workers in its
 queues.)
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
+
+import msgspec
 
 from .broadcast_slots import BroadcastSlots
 from .bucket_path import BucketPath
@@ -55,6 +57,7 @@ from .messages import (
 )
 from .observe import phase_range
 from .protocol import Peer
+from .shard_path import ShardPath
 from .target import Target
 from .transports.base import COLLECTIVE, transport_class
 
@@ -65,7 +68,7 @@ M = TypeVar("M", bound=Message)
 
 
 class Path(Protocol):
-    """How weights come into this worker: bucket_path.py or direct_path.py."""
+    """How weights come into this worker: bucket_path.py, direct_path.py or shard_path.py."""
 
     num_buckets: int
     reloaded: list[str]
@@ -245,7 +248,8 @@ class Receiver:
         if message.transport == COLLECTIVE:
             me, token = (invitation.engine, self._index), str(message.address["token"])
             arrivals = BroadcastSlots(layout, message.senders, me, self._target.device, token)
-            path = BucketPath(layout, self._target, examined, arrivals)
+            kind = ShardPath if message.is_sharded else BucketPath
+            path = kind(layout, self._target, examined, arrivals)
         elif message.lends:
             path = DirectPath(layout, self._target, examined, message.lends, transport)
         else:
@@ -296,7 +300,11 @@ class Receiver:
                 session.checker.record(path.changed)
             else:
                 session.checker.forget()
-            session.link.send(Applied(attempt, running.seconds, path.extra_bytes, path.reloaded, path.reasons))
+            applied = Applied(attempt, running.seconds, path.extra_bytes, path.reloaded, path.reasons)
+            if session.arrivals is not None:
+                came = session.arrivals
+                applied = msgspec.structs.replace(applied, wire_bytes=came.wire_bytes, needs=came.news)
+            session.link.send(applied)
         else:
             session.link.send(Applied(attempt, 0.0, 0))
         message = self._expect(running, (Check, Commit), "Commit", None)

@@ -67,6 +67,8 @@ class SyncReport:
     )  # engine tensor -> elements that no HF tensor goes to (padding)
 
     quarantined: dict[str, str] = field(default_factory=dict)  # engine that this refit left behind -> why
+    mode: str = ""  # how a collective reached the workers: "broadcast", "sharded", or both with a "+"
+    wire_bytes: int = 0  # that came by it to the worker to which most came
 
     @property
     def gb_per_s(self) -> float:
@@ -88,6 +90,7 @@ class SyncReport:
         return (
             f"refit v{self.version} of {self.engine}: {1e3 * self.total_s:.0f} ms ({phases}), "
             f"{self.num_bytes / 1e6:,.1f} MB at {self.gb_per_s:.2f} GB/s{share}; {paths}"
+            + (f"; {self.mode}: {self.wire_bytes / 1e6:,.1f} MB to a worker" if self.mode else "")
             + "".join(f"; LEFT BEHIND: {name}: {why}" for name, why in self.quarantined.items())
         )
 

@@ -14,15 +14,17 @@ from .messages import Alive, AnyMessage, Failed, Hello
 from .protocol import Peer
 
 BEAT_S = 5.0  # how often the others hear that rank 0 still waits; a quarter of the deadline if that is less
+NO_CONNECTION = "has no connection any more"
 Arrived = Callable[[Peer, AnyMessage], None]
 _log = logging.getLogger(__name__)
 
 
 class Heard(NamedTuple):
-    """`peer` sent `message`; it has ended if that is None."""
+    """`peer` sent `message`; it is lost if that is None, and `how` says in which way."""
 
     peer: Peer
     message: AnyMessage | None
+    how: str = ""
 
 
 class Switchboard:
@@ -34,7 +36,7 @@ class Switchboard:
         self._routes: dict[Peer, bytes] = {}
         self._peers: dict[bytes, Peer] = {}
         self.expects: Callable[[Peer], bool] = lambda peer: True  # who may say Hello
-        self.lost: list[Peer] = []  # peers that ended while others were waited for
+        self.lost: dict[Peer, str] = {}  # peers that were lost while others were waited for, and how
         self._beat_s = min(BEAT_S, deadline_s / 4)
         self._next_beat = 0.0
 
@@ -67,7 +69,7 @@ class Switchboard:
             self._next_beat = now + self._beat_s
             for peer in list(self._routes):
                 if not self.send(peer, Alive(attempt)):
-                    yield Heard(peer, None)
+                    yield Heard(peer, None, NO_CONNECTION)
         for event in self.hub.wait(min(timeout_s, self._beat_s)):
             match event:
                 case Received(route, Hello() as hello) if route not in self._peers:
@@ -81,7 +83,7 @@ class Switchboard:
                 case Received(_, message):
                     _log.debug("ignored %s from nobody that is known", type(message).__name__)
                 case Lost(route) if route in self._peers:
-                    yield Heard(self._peers[route], None)
+                    yield Heard(self._peers[route], None, "died")
 
     def wait_until(
         self,
@@ -102,14 +104,14 @@ class Switchboard:
             left = end - time.monotonic()
             if left <= 0:
                 raise DeadlineError(f"waited {patience_s:g} s for {what}", origin="trainer rank 0", phase="connect")
-            for peer, message in self.hear(left, attempt=0):
+            for peer, message, how in self.hear(left, attempt=0):
                 if peer.role == "worker" and engines is not None and peer.engine not in engines:
-                    self.lost += [peer] if message is None else []
+                    self.lost |= {peer: how} if message is None else {}
                     continue
                 if message is None:
                     self.forget([peer])
                     kind = EngineGoneError if peer.role == "worker" else TrainerLostError
-                    raise kind("died while connecting", origin=str(peer), phase="connect")
+                    raise kind(f"{peer} {how} while engines connect", origin=str(peer), phase="connect")
                 if isinstance(message, Failed) and message.attempt == 0:
                     raise raised(message.failure)
                 if arrived is not None:

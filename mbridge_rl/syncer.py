@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 COPY_LIMIT_BYTES = (128 << 20, 1 << 30)  # measured over so much, on a CPU and on an accelerator
 NUM_SHARES = 16  # verify="sampled" compares one tensor in so many, others each time
 PathChoice = Literal["auto", "direct", "bucket"]
+Mode = Literal["broadcast", "sharded"]
 Verify = Literal["full", "sampled"]
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,9 @@ class WeightSyncer:
             the engine loads. "auto" is "direct" for parameters on a GPU, where engines keep weights as they are loaded,
             and "bucket" where the memory cannot be shared, which is logged, or is not on a GPU (vLLM packs nearly
             everything there, and shared memory would have to hold the model).
+        mode: what engines that are reached by a collective get: "broadcast" of everything to all their workers, or
+            "sharded": to each worker what it needs, once its first refit (a broadcast) has shown that. Replicas share
+            what is sent.
         deadline_s: longest time without progress, in any wait, before a refit fails on all ranks.
         bucket_bytes: size of a bucket; two are allocated. By default chosen from the model's size.
         reset_prefix_cache: drop what the engine cached of older weights, in each refit, while it is paused.
@@ -107,6 +111,7 @@ class WeightSyncer:
         models: Sequence[Any] | None = None,
         transport: str = "auto",
         path: PathChoice = "auto",
+        mode: Mode = "broadcast",
         deadline_s: float = 120.0,
         bucket_bytes: int | None = None,
         reset_prefix_cache: bool = True,
@@ -123,6 +128,7 @@ class WeightSyncer:
         for name, value, choice in (
             ("in_flight", in_flight, InFlight),
             ("path", path, PathChoice),
+            ("mode", mode, Mode),
             ("on_error", on_error, OnError),
         ):
             if value not in get_args(choice):
@@ -135,6 +141,7 @@ class WeightSyncer:
         self._bridge, self._models, self._group = bridge, models, group
         self._options = Options(deadline_s, in_flight, reset_prefix_cache, on_error, rolling)
         self._transport, self._path, self._bucket_bytes = transport, path, bucket_bytes
+        self._is_sharded = mode == "sharded"
         self._make_hub = partial(Hub, control_address, bind=bind, advertise=advertise, key=key)
         self._observer = Observer(registry)
         self._closed = False
@@ -271,7 +278,9 @@ class WeightSyncer:
         if plan is None or layout is None:
             raise AssertionError("agree() raises when a rank has no plan")
         self.layout, self._plan = layout, plan
-        self._lanes = TrainerLanes(self.rank, plan, layout, self._live, offers, self._host())
+        self._lanes = TrainerLanes(
+            self.rank, plan, layout, self._live, offers, self._host(), is_sharded=self._is_sharded
+        )
         if self._side is None:
             self._side = Follower(offers[0], self.rank, self._options.deadline_s)
         self._open_lanes(offers[0].lanes)
@@ -400,19 +409,20 @@ class WeightSyncer:
         if verify is not None and verify not in get_args(Verify):
             raise ValueError(f'verify must be "full", "sampled" or None, found {verify!r}')
         succeeded = False
-        lanes = self._lanes
+        lanes, side = self._lanes, self._side
+        assert side is not None
         source = Source(lanes.begin, self._fill, self._totals, lambda good: lanes.end(succeeded=good, is_last=False))
         try:
-            if isinstance(self._side, Conductor):
+            if isinstance(side, Conductor):
                 num_shares = NUM_SHARES if verify == "sampled" else 1
                 check = None if verify is None else (self._num_sampled % num_shares, num_shares)
                 self._num_sampled += verify == "sampled"
-                done = self._side.run(version, source, moves=moves, check=check, only=only)
+                done = side.run(version, source, moves=moves, check=check, only=only)
             else:
-                assert self._side is not None
-                done = self._side.run(version, source)
+                done = side.run(version, source)
             succeeded = True
         finally:
+            self.version = max(self.version, side.version)  # also if it failed: it is not given again
             # Without a move, workers hear nothing of what has moved.
             lanes.end(succeeded=succeeded, is_last=moves and only is None)
         return done
@@ -452,6 +462,8 @@ class WeightSyncer:
             copy_limit_gb_s=stats.copy_limit_gb_s,
             verification=None if checked is None else VerifyReport.of(checked, stats.phases.get("check", 0.0)),
             quarantined=stats.quarantined,
+            mode=stats.mode,
+            wire_bytes=stats.wire_bytes,
         )
         if isinstance(self._side, Conductor):
             self._observer.refit_done(report)

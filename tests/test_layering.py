@@ -23,11 +23,11 @@ MBRIDGE = (
     "live pieces errors"
 )
 MBRIDGE_RL = (
-    "testing __init__ syncer lanes conductor follower ray fleet engines receiver bucket_path direct_path checker "
-    "borrower learning loading target placement recorder views agreement lender filler broadcaster broadcast_slots "
-    "local_copies broadcast_plan source switchboard inbox observe metrics checksum copy_plan copy_triton "
-    "checksum_triton patches transports buckets verification protocol waits flows parties control handshake endpoints "
-    "hosts wire report messages errors"
+    "testing __init__ syncer lanes conductor follower ray fleet engines receiver shard_path bucket_path "
+    "direct_path checker borrower learning loading target placement recorder views agreement lender filler "
+    "broadcaster broadcast_slots shard_sender local_copies needs broadcast_plan source switchboard inbox observe "
+    "metrics checksum copy_plan copy_triton checksum_triton patches transports buckets verification protocol "
+    "waits flows parties control handshake endpoints hosts wire report messages errors"
 )
 LAYERS = {"mbridge": MBRIDGE.split(), "mbridge_rl": MBRIDGE_RL.split()}
 NOT_YET = {"ray"}  # layers of DESIGN.md that need not be there; strike out what has been built

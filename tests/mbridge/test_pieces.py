@@ -140,3 +140,11 @@ def test_join_passes_over_names_that_only_one_side_has() -> None:
 def test_bytes_of_a_spec() -> None:
     assert TensorSpec("t", (3, 5), torch.bfloat16).num_bytes == 30
     assert TensorSpec("scalar", (), torch.float32).num_bytes == 4
+
+
+def test_a_tensor_of_one_dim_that_is_unfolded_on_one_side_only() -> None:
+    """Its rows are others in the unfolded view: the second half was not found."""
+    whole = Piece("b", Box((0,), (400,)), "s", Region.contiguous((400,)))
+    half = Piece("b", Box((200,), (400,)), "d", Region.contiguous((200,)))
+    assert [c.box.numel for c in join([whole.unfolded()], [half])] == [200]
+    assert [c.box.numel for c in join([whole], [half.unfolded()])] == [200]
