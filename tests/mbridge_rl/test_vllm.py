@@ -71,6 +71,10 @@ def test_llm_in_the_same_process(directory: Path) -> None:
     run("-m", SCENARIOS, "refit", str(directory), "1", "a", "b", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
+def test_conformance(directory: Path) -> None:
+    run("-m", SCENARIOS, "conformance", str(directory), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
 def test_requests_in_flight_and_the_prefix_cache(directory: Path) -> None:
     run("-m", SCENARIOS, "in_flight", str(directory))
 

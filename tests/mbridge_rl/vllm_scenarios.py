@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -29,6 +30,8 @@ from mbridge_rl.engines.vllm import VLLMEngine, start_llm
 from mbridge_rl.errors import EngineBusyError, EngineGoneError, EngineMismatchError, EngineStaleError, SyncError
 from mbridge_rl.messages import Fill
 from mbridge_rl.protocol import EngineState
+from mbridge_rl.syncer import PathChoice
+from mbridge_rl.testing import ENGINE_CASES, check_engine
 from tests.mbridge_rl.fakes import FakeBridge
 from tests.mbridge_rl.small_qwen import OPTIONS, PROMPTS, answer, fusion_groups, make_checkpoint, tensors_of
 
@@ -98,6 +101,51 @@ def refit(directory: Path, tensor_parallel_size: str, start: str, goal: str) -> 
         print(report.reasons, report.verification)
         if (directory / f"{goal}.answer.json").exists():
             check_equal(directory, goal, llm)
+
+
+def conformance(directory: Path) -> None:
+    """The suite of mbridge_rl.testing, on an LLM in this process. On a CPU, only norms and embeddings can be read."""
+    llm = start_llm(str(directory / "a"), **OPTIONS)
+    tensors = tensors_of(directory / "a")
+    fails_at: set[str] = set()
+
+    def wrap_loader(model: Any) -> None:
+        load = model.load_weights
+
+        def checked(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights:
+                if name in fails_at and not tensor.is_meta:
+                    fails_at.clear()
+                    raise RuntimeError("on purpose")
+                yield name, tensor
+
+        model.load_weights = lambda weights: load(checked(weights))
+
+    def read(_: Any) -> dict[str, torch.Tensor]:
+        (own,) = llm.apply_model(lambda model: {n: t.detach().clone() for n, t in model.named_parameters()})
+        return {name: own[name][: len(t)] for name, t in tensors.items() if name in own}  # less the padded vocabulary
+
+    llm.apply_model(wrap_loader)
+    engine = VLLMEngine(llm)
+    check = partial(
+        check_engine,
+        lambda _: engine,
+        read,
+        tensors=tensors,
+        groups=fusion_groups(tensors),
+        unreadable={name for name in tensors if "_proj" in name},
+        bucket_bytes=BUCKET_BYTES,
+        fail_load=lambda _, name: fails_at.add(name),
+    )
+    for path in get_args(PathChoice)[1:]:
+        ran = []
+        for case in ENGINE_CASES:
+            if case in ("slow_trainer", "silent_engine"):
+                continue  # they wait for seconds, and are tested with the other engines
+            with suppress(ValueError):  # a case with a model of its own
+                ran += check(path=path, cases=[case])
+        print(path, ran)
+        assert len(ran) >= 14
 
 
 def in_flight(directory: Path) -> None:
