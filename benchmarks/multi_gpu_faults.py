@@ -101,6 +101,7 @@ class Faults:
         found: dict[str, Any] = {}
         found["good_s"], _ = self.timed(self.sync)
         found["good_exact"] = self.is_exact()
+        self.say(f"{name}: a good refit, {found['good_s']:.2f} s")
         self.change()
         if self.engine is not None:
             pid = self.engine.process.pid
@@ -116,6 +117,7 @@ class Faults:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         found["errors"] = everyone
+        self.say(f"{name}: {everyone}")
         old = self.engine
         if old is not None:
             old.kill()
@@ -127,6 +129,7 @@ class Faults:
         if error is not None:
             raise error
         found["added_exact"] = self.is_exact()
+        self.say(f"{name}: a fresh engine joined, {found['add_s']:.2f} s")
         self.change()
         found["after_s"], error = self.timed(self.sync)
         found["after_exact"] = error is None and self.is_exact()
@@ -150,8 +153,11 @@ class Faults:
             }
         )
         self.write()
+        self.say(f"{name}: {self.result['rows'][-1]}")
+
+    def say(self, text: str) -> None:
         if self.rank == 0:
-            print(f"{time.perf_counter() - self.started:7.1f} s  {name}: {self.result['rows'][-1]}", flush=True)
+            print(f"{time.perf_counter() - self.started:7.1f} s  {text}", flush=True)
 
     def sync(self) -> None:
         self.syncer.sync()

@@ -118,6 +118,11 @@ class Hub:
             self._pidfds[pidfd] = peer
             self._poller.register(pidfd, zmq.POLLIN)
 
+    def unwatch(self, peer: bytes) -> None:
+        """Its process may live on: it is of no interest any more."""
+        for pidfd in [pidfd for pidfd, watched in self._pidfds.items() if watched == peer]:
+            self._forget(pidfd)
+
     def send(self, peer: bytes, message: AnyMessage) -> bool:
         """Queue `message` for `peer`; False if that peer has no connection any more."""
         try:
@@ -142,7 +147,7 @@ class Hub:
             os.eventfd_read(self._wake)
             yield Woken()
         for pidfd, peer in list(self._pidfds.items()):
-            if pidfd in ready:
+            if pidfd in ready and pidfd in self._pidfds:  # it may have been forgotten meanwhile
                 yield from self._received()  # its last words, if any
                 self._forget(pidfd)
                 yield Lost(peer)

@@ -195,9 +195,10 @@ class Refit:
             return []
         self._deadline = now + self._deadline_s
         if failure is not None:
-            self.culprits.add(engine)
             if failure.kind == "EngineGoneError":
+                self._explain(failure)
                 side.state = EngineState.GONE
+            self.culprits.add(engine)
         side.resumed |= call is EngineCall.RESUME  # also if it raised: it may have taken effect
         if self.phase is Phase.FAILING:
             return self._drain(now)

@@ -60,7 +60,9 @@ class Switchboard:
     def forget(self, peers: Iterable[Peer]) -> None:
         """Listen to these no more."""
         for peer in list(peers):
-            self._peers.pop(self._routes.pop(peer, b""), None)
+            route = self._routes.pop(peer, b"")
+            self._peers.pop(route, None)
+            self.hub.unwatch(route)
 
     def hear(self, timeout_s: float, attempt: int) -> Iterator[Heard]:
         """What peers have said or done, or nothing after `timeout_s` or a beat. Tells them that rank 0 is there."""

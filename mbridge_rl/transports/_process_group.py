@@ -28,6 +28,8 @@ BREATH_S = 0.01  # at least so much lies between two calls of `breathe`
 LONGEST_PAUSE_S = 0.0002  # between two looks at an operation
 MEETING_PAUSE_S = 0.05  # between two looks at the store; a thousand members are then 20,000 questions a second
 EXIT_PATIENCE_S = 2.0  # how long a process that ends waits for groups that it gave up
+# TCPStore asks for the name of each address that it connects, which takes 5 s where a name server does not answer.
+STORE_PATIENCE_S = 20.0
 NUM_GLOO_THREADS = 2  # as many operations of one group are under way at once
 # A member may post a receive long before the sender has the bytes: torch's own timer must not be the first to go off.
 NATIVE_PATIENCE = 4
@@ -81,7 +83,8 @@ def connect(host: str, port: int, deadline_s: float) -> tuple[TCPStore, str]:
         # torch retries for the whole deadline and prints its stack; a plain connection says at once what is wrong.
         with socket.create_connection((host, port), timeout=deadline_s) as probe:
             own = str(probe.getsockname()[0])
-        return TCPStore(host, port, None, False, timedelta(seconds=deadline_s), wait_for_workers=False), own
+        patience = timedelta(seconds=max(deadline_s, STORE_PATIENCE_S))
+        return TCPStore(host, port, None, False, patience, wait_for_workers=False), own
     except (OSError, dist.DistError) as error:
         raise TransportError(
             f"cannot reach the store at {host}:{port}: {_first_line(error)}", phase="connect"
