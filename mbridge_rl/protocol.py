@@ -114,7 +114,7 @@ class Refit:
         self.reasons: dict[str, str] = {}
         self._check, self._compare = check, compare
         self._checked: dict[Peer, Checked] = {}
-        self._deadline_s = deadline_s
+        self._deadline_s = self._drain_s = deadline_s
         self._trainers = tuple(Peer("trainer", i) for i in range(num_trainers))
         self._workers = tuple(self.load_s)
         self._flows = {
@@ -201,7 +201,7 @@ class Refit:
             self.culprits.add(engine)
         side.resumed |= call is EngineCall.RESUME  # also if it raised: it may have taken effect
         if self.phase is Phase.FAILING:
-            return self._drain(now)
+            return self._draining(self._drain(now), now)
         if failure is not None:
             side.resume_on_failure |= call is EngineCall.RESUME  # it serves nothing while it is paused: once more
             return self.fail(failure, now)
@@ -275,9 +275,8 @@ class Refit:
         found = self._waits()
         message = f"nothing happened for {self._deadline_s:g} s while waiting for {in_words(found)}"
         actions = self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, blamed(found))
-        if not any(isinstance(action, Call) for action in actions):  # all that is under way was waited for in vain
-            self._deadline = now + min(DRAIN_S, self._deadline_s)
-        return actions
+        self._drain_s = min(DRAIN_S, self._deadline_s)  # what is under way was waited for in vain already
+        return self._draining(actions, now)
 
     def waiting_for(self) -> str:
         """What has to happen next, in words."""
@@ -413,6 +412,12 @@ class Refit:
         self._enter_phase(Phase.FAILED, now)
         untold, self._untold = self._untold, []
         return [*actions, *(Send(peer, Abort(self.attempt, self.failure)) for peer in untold if self.failure)]
+
+    def _draining(self, actions: list[Action], now: float) -> list[Action]:
+        """Wait for the calls that are left; `actions` are what is done meanwhile."""
+        is_pausing = any(side.busy is EngineCall.PAUSE for side in self.sides.values())  # requests may take long
+        self._deadline = now + (self._deadline_s if is_pausing else self._drain_s)
+        return actions
 
     def _drain_side(self, number: int) -> list[Action]:
         side = self.sides[number]

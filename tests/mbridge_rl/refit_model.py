@@ -108,6 +108,7 @@ IGNORED = {
     "moves",
     "last_version",
     "_deadline_s",
+    "_drain_s",
     "_trainers",
     "_workers",
     "_told",

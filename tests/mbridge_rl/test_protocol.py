@@ -687,8 +687,8 @@ def test_what_was_waited_for_in_vain_gets_little_more_time() -> None:
     refit.tick(missed)
     assert refit.culprits == {1}
     assert refit.deadline == missed + DRAIN_S
-    refit.called(0, None, missed)  # and a call that follows gets its time
-    assert refit.deadline == missed + DEADLINE_S
+    refit.called(0, None, missed + 1)  # nor does the call that ends the other engine's update
+    assert refit.deadline == missed + 1 + DRAIN_S
 
 
 def test_an_engine_that_is_paused_again_gets_its_time() -> None:
