@@ -9,6 +9,7 @@ import torch
 from mbridge.pieces import Shape
 
 from .checksum import whole_checksums
+from .errors import EngineLoadError
 from .placement import Expected, Placement, compare_in_place
 from .target import Target
 
@@ -50,9 +51,21 @@ def learn(
 
     Adds to `placement.opaque` each module of which that is true, or whose post-processing makes more than values, or
     of which nothing can be told. `shapes`: of the HF tensors; `before`: what `not_loaded` said before the load.
+
+    Raises EngineLoadError for a tensor that an earlier refit found as it was loaded: what changed it this time is no
+    post-processing. Then nothing is taken for granted of it any more.
     """
     live = target.live()
     changed = compare_in_place(expected, live, placement.formats, shapes)
+    surprising = sorted(placement.kept & changed.keys())
+    if surprising:
+        placement.kept -= changed.keys()
+        name = surprising[0]
+        raise EngineLoadError(
+            f"{len(surprising)} of the engine's tensors do not hold what was loaded, as they did in earlier refits, "
+            f"such as {name}: {changed[name]}",
+            tensor=next(item.piece.hf_name for item in expected if item.piece.local_name == name),
+        )
     for name, reason in changed.items():
         placement.opaque.setdefault(placement.module_of[name], f"{name}: {reason}")
     written = {placement.module_of[name] for name in placement.written}
@@ -69,6 +82,8 @@ def learn(
             placement.opaque.setdefault(module, reason)
     for module in constant_modules(live, placement, target.processed_modules() - placement.opaque.keys()):
         placement.opaque[module] = CONSTANT
+    names = {item.piece.local_name for item in expected}
+    placement.kept |= {name for name in names - changed.keys() if placement.module_of[name] not in placement.opaque}
     return changed
 
 

@@ -45,6 +45,7 @@ class Placement:
     opaque: dict[str, str] = field(default_factory=dict)  # module -> why it cannot be written from outside
     computed: frozenset[str] = frozenset()  # HF names with which the loader does more than copy
     written: frozenset[str] = frozenset()  # engine names that the loader writes anything to
+    kept: set[str] = field(default_factory=set)  # engine names that were once found as they had been loaded
 
     def reloaded_names(self) -> set[str]:
         """HF names that the engine's own loader has to see."""

@@ -37,6 +37,7 @@ from mbridge_rl.lender import Lender
 from mbridge_rl.messages import Check, Fill, Invitation, Lends, Loan
 from mbridge_rl.protocol import NUM_DIRECT_STEPS, EngineState
 from mbridge_rl.receiver import Receiver
+from mbridge_rl.syncer import PathChoice
 from mbridge_rl.testing import WholeBridge
 from mbridge_rl.transports.shared_memory import SharedMemory
 from tests.mbridge_rl import processing
@@ -732,6 +733,26 @@ def test_a_refit_that_failed_in_the_engines_loader_is_repaired_by_the_next() -> 
             bridge.tensors = processing.weights(step + 1)
             sync.sync()
             processing.assert_holds(engine.model, bridge.tensors)
+
+
+@pytest.mark.parametrize("path", ["direct", "bucket"])
+def test_what_is_corrupted_in_a_refit_that_learns_anew_is_no_post_processing(path: PathChoice) -> None:
+    engine = ProcessingEngine()
+    bridge = WholeBridge(processing.weights(1))
+    with WeightSyncer(bridge, engine, path=path) as sync:
+        sync.sync(verify="full")
+        assert setattr_once(engine.target, "begin")
+        with pytest.raises(EngineLoadError, match="broken"):
+            sync.sync()
+        bridge.tensors = processing.weights(2)
+        engine.target.after_finish = lambda: processing.flip(engine.model.norm.weight)
+        with pytest.raises(EngineLoadError, match=r"1 of the engine's tensors .* norm\.weight") as caught:
+            sync.sync(verify="full")
+        assert caught.value.failure.tensor == "norm.weight"
+        assert engine.state is EngineState.STALE
+        assert sync.sync(verify="full").verification is not None
+        processing.assert_holds(engine.model, bridge.tensors)
+        assert sync.verify().ok
 
 
 def setattr_once(target: Any, name: str) -> bool:
