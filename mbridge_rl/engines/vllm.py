@@ -168,7 +168,7 @@ class VLLMEngine(_VLLM):
 
 
 class VLLMServer(_VLLM):
-    """A `vllm serve` at `url`, on this host (shared memory).
+    """A `vllm serve` at `url`, on this host or another (then the syncer needs `bind`).
 
     While it is stale its scheduler is paused: requests wait.
     """

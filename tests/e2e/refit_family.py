@@ -1,6 +1,6 @@
 """One family end to end, run by torchrun on two ranks: train a step, refit a real vLLM, compare with a fresh one.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/e2e/refit_family.py FAMILY FOLDER
+    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/e2e/refit_family.py FAMILY FOLDER [stages]
 
 Writes FOLDER/result.json: greedy tokens of the engine before and after the refit, and of a vLLM that was started on the
 checkpoint that the trainer saved.
@@ -9,6 +9,7 @@ checkpoint that the trainer saved.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -47,10 +48,10 @@ PROMPTS = [[5, 17, 200, 31], [7, 7, 9], [300, 4, 4, 80, 250, 3]]
 NUM_TOKENS = 12
 
 
-def write_checkpoint(family: str, folder: Path, seed: int) -> Path:
+def write_checkpoint(family: str, folder: Path, seed: int, **fields: int) -> Path:
     """Random weights with no value at its default: norms are not one, biases not zero."""
     folder.mkdir(parents=True)
-    config = {"model_type": family, **COMMON, **CONFIGS[family]}
+    config = {"model_type": family, **COMMON, **CONFIGS[family], **fields}
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(seed)
     from safetensors.torch import save_file
@@ -83,10 +84,10 @@ def train_step(model: torch.nn.Module) -> float:
     return float(loss.detach())
 
 
-def start(folder: Path):
+def start(folder: Path, **options):
     return start_llm(
         str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=64, enforce_eager=True,
-        gpu_memory_utilization=0.2, enable_prefix_caching=True,
+        gpu_memory_utilization=0.2, enable_prefix_caching=True, **options,
     )  # fmt: skip
 
 
@@ -96,8 +97,43 @@ def checksums(llm) -> dict[str, object]:
     return sums
 
 
+def stages(family: str, folder: Path) -> None:
+    """Two pipeline stages, each of which broadcasts its layers, to a vLLM of two workers."""
+    init_parallel(pp=2, seed=1)
+    rank = dist.get_rank()
+    if rank == 0:
+        write_checkpoint(family, folder / "policy", seed=1, num_hidden_layers=4)
+        write_checkpoint(family, folder / "other", seed=2, num_hidden_layers=4)
+    dist.barrier()
+    bridge = AutoBridge.from_pretrained(folder / "policy", dtype=torch.float32)
+    bridge.get_model(weight_path=bridge.path)
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|0"
+    llm = start(folder / "other", tensor_parallel_size=2) if rank == 0 else None
+    before = greedy(llm) if rank == 0 else []
+    reports = []
+    with WeightSyncer(bridge, llm, transport="collective", bucket_bytes=1 << 17, mode="sharded") as syncer:
+        reports += [syncer.sync(verify="full"), syncer.sync(verify="full")]
+    if rank == 0:
+        refitted, sums = greedy(llm), llm.collective_rpc("compute_weight_checksums")
+        del llm
+        llm = start(folder / "policy", tensor_parallel_size=2)
+        result = {
+            "before": before,
+            "refitted": refitted,
+            "fresh": greedy(llm),
+            "equal": sums == llm.collective_rpc("compute_weight_checksums"),
+            "reports": [json.loads(report.to_json()) for report in reports],
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+    dist.barrier()
+    destroy_parallel()
+
+
 def main() -> None:
     family, folder = sys.argv[1], Path(sys.argv[2])
+    if sys.argv[3:] == ["stages"]:
+        stages(family, folder)
+        return
     init_parallel(**({"ep": 2} if family in EXPERT_PARALLEL else {"tp": 2}), seed=1)
     rank = dist.get_rank()
     if rank == 0:
