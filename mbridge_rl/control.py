@@ -16,6 +16,7 @@ import secrets
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -89,6 +90,7 @@ class Hub:
             raise
         if keys is None and is_remote(self.endpoint):
             _log.warning("the control channel on %s is not encrypted; pass key='auto'", self.endpoint)
+        weakref.finalize(self, _end, self._context, self._socket, self._doorman.socket)
         self._wake_lock = threading.Lock()  # against a `wake` from another thread while `close` closes the descriptor
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._pidfds: dict[int, bytes] = {}
@@ -237,6 +239,7 @@ class Link:
         except BaseException:
             self._context.destroy(linger=0)
             raise
+        weakref.finalize(self, _end, self._context, self._socket)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._pidfd: int | None = None
@@ -295,6 +298,14 @@ class Link:
         if self._pidfd is not None:
             os.close(self._pidfd)
         self._context.destroy(linger=LINGER_MS)
+
+
+def _end(context: zmq.Context[zmq.Socket[bytes]], *sockets: zmq.Socket[bytes]) -> None:
+    """Close what nobody closed. (A context that is collected before its sockets waits for them for ever.)"""
+    if not context.closed:
+        for socket in sockets:
+            socket.close(linger=0)
+        context.destroy(linger=0)
 
 
 def _is_worth_a_line(before: int, after: int) -> bool:

@@ -274,9 +274,7 @@ class Refit:
             return self._drain(now)
         found = self._waits()
         message = f"nothing happened for {self._deadline_s:g} s while waiting for {in_words(found)}"
-        actions = self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, blamed(found))
-        self._drain_s = min(DRAIN_S, self._deadline_s)  # what is under way was waited for in vain already
-        return self._draining(actions, now)
+        return self.fail(Failure("DeadlineError", message, "trainer rank 0", self.phase), now, blamed(found))
 
     def waiting_for(self) -> str:
         """What has to happen next, in words."""
@@ -292,12 +290,13 @@ class Refit:
             if side.state is EngineState.UPDATING:
                 side.state = EngineState.STALE
         self._enter_phase(Phase.FAILING, now)
-        self._deadline = now + self._deadline_s  # a worker may be in the middle of a long load
+        if failure.kind == "DeadlineError":  # what is under way was waited for in vain already
+            self._drain_s = min(DRAIN_S, self._deadline_s)
         # An engine that serves already may still copy from the trainers: they hear of it once it is paused again.
         told = self._workers if self._may_serve else (*self._trainers, *self._workers)
         self._untold = [peer for peer in self._trainers if peer not in told]
         aborts: list[Action] = [Send(peer, Abort(self.attempt, failure)) for peer in told]
-        return aborts + self._drain(now)
+        return self._draining(aborts + self._drain(now), now)
 
     # --- what happens next -------------------------------------------------------------------------------------------
 

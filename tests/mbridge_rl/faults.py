@@ -333,6 +333,7 @@ FAULTS = (
         "EngineGoneError",
         "start a new engine|a worker is gone",
         left=EngineState.GONE,
+        phases=("pause", "stream"),  # on the direct path the first step is filled while the engine pauses
         is_replaced=True,
     ),
     Fault(

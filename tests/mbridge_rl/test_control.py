@@ -464,3 +464,24 @@ def test_a_wait_hands_out_a_bounded_number(hub: Hub, monkeypatch: pytest.MonkeyP
     assert got == sent
     assert largest == 16
     link.close()
+
+
+LEAK = """
+import gc, os
+from mbridge_rl.control import Hub, Link
+from mbridge_rl.hosts import host_id
+from mbridge_rl.messages import Goodbye
+
+hub = Hub()
+link = Link(hub.endpoint, hub.token, hub_pid=os.getpid(), hub_host=host_id())
+link.send(Goodbye())
+hub.cycle = link.cycle = [hub, link]
+del hub, link
+gc.collect()
+print("collected")
+"""
+
+
+def test_ends_that_nobody_closed_are_collected_without_a_hang() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAK], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "collected\n"

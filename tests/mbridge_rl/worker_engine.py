@@ -134,11 +134,11 @@ class FaultyTarget(ModuleTarget):
         self._sharded = module
 
     def begin(self, modules: frozenset[str] | None = None) -> None:
-        self._sharded.happens("begin", next(self._sharded.buffers()))
+        self._sharded.happens("begin", next(self._sharded.buffers(), torch.empty(0)))
         super().begin(modules)
 
     def finish(self) -> None:
-        self._sharded.happens("finish", next(self._sharded.buffers()))
+        self._sharded.happens("finish", next(self._sharded.buffers(), torch.empty(0)))
         super().finish()
 
 
