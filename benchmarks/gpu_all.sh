@@ -13,6 +13,7 @@ shift
 mkdir -p "$folder" && folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 source examples/setup/env.sh
+source benchmarks/end_processes.sh
 export PYTHONUNBUFFERED=1 VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_USE_DEEP_GEMM=0
 python=${PYTHON:-python3}
 dense=qwen2.5-7b small=qwen2.5-0.5b llama=llama-3.1-8b moe=qwen3-30b-a3b latent=deepseek-v3-slice
@@ -38,16 +39,6 @@ arguments() { # of a case: number of trainer ranks (0: peers), then what refit_g
     n) echo "0 --shape $llama" ;;                             # (*)
     *) return 1 ;;
   esac
-}
-
-end_processes() { # of one case, by the mark in their environment: an engine may outlive the process that started it
-  local file pid
-  for file in /proc/[0-9]*/environ; do
-    pid=${file#/proc/} pid=${pid%/environ}
-    if [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] && grep -qz "^MBRIDGE_BENCH_CASE=$1\$" "$file" 2>/dev/null; then
-      kill -9 "$pid" 2>/dev/null
-    fi
-  done
 }
 
 run_case() {

@@ -13,6 +13,7 @@ shift
 mkdir -p "$folder" && folder=$(cd "$folder" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 source examples/setup/env.sh
+source benchmarks/end_processes.sh
 export PYTHONUNBUFFERED=1 VLLM_WORKER_MULTIPROC_METHOD=spawn VLLM_USE_DEEP_GEMM=0
 export NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1 NVSHMEM_DISABLE_NVLS=1 # for whoever forgets
 python=${PYTHON:-python3}
@@ -37,16 +38,6 @@ arguments() { # of a case: number of trainer ranks, then the script and its opti
     v7) echo "2 multi_gpu.py broadcast --shape $dense --tp 2 --trainer-gpus 0,1 --engine-gpus 2,3" ;;
     *) return 1 ;;
   esac
-}
-
-end_processes() { # of one case, by the mark in their environment: an engine may outlive the process that started it
-  local file pid
-  for file in /proc/[0-9]*/environ; do
-    pid=${file#/proc/} pid=${pid%/environ}
-    if [ "$pid" != $$ ] && [ "$pid" != "$BASHPID" ] && grep -qz "^MBRIDGE_BENCH_CASE=$1\$" "$file" 2>/dev/null; then
-      kill -9 "$pid" 2>/dev/null
-    fi
-  done
 }
 
 run_case() {
